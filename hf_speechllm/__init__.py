@@ -1,0 +1,55 @@
+# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
+"""LLMs for speech recognition with Hugging Face transformers: speech LLMs, shallow fusion, joint CTC decoding.
+
+Importing the package makes its models known to `AutoConfig`, `AutoModelForSpeechSeq2Seq`, `AutoProcessor` and
+`pipeline("automatic-speech-recognition")`.
+"""
+
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .base_models import base_model
+from .bpe_subset import restrict_merges, select_lowercase_tokens
+from .configuration_speechllm import SpeechLLMConfig
+from .ctc_prefix_score import CTCPrefixScorer, CTCPrefixState
+from .data_collator import SpeechLLMDataCollator
+from .default_model import default_model
+from .label_units import LabelUnits
+from .logits_process import CTCPrefixLogitsProcessor
+from .modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMPreTrainedModel
+from .pipeline_speechllm import SpeechLLMPipeline
+from .processing_speechllm import SpeechLLMProcessor
+
+__version__ = "0.1.0"
+
+
+def _register() -> None:
+    AutoConfig.register(SpeechLLMConfig.model_type, SpeechLLMConfig, exist_ok=True)
+    AutoModelForSpeechSeq2Seq.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration, exist_ok=True)
+    AutoModelForMultimodalLM.register(SpeechLLMConfig, SpeechLLMForConditionalGeneration, exist_ok=True)
+    AutoProcessor.register(SpeechLLMConfig, SpeechLLMProcessor, exist_ok=True)
+    # transformers' own pipeline recognises sequence-to-sequence models by this table only.
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES[SpeechLLMConfig.model_type] = SpeechLLMForConditionalGeneration.__name__
+    # `register_pipeline` would warn that the task exists; ours hands all other models to transformers' own.
+    PIPELINE_REGISTRY.supported_tasks["automatic-speech-recognition"]["impl"] = SpeechLLMPipeline
+
+
+_register()
+
+__all__ = [
+    "CTCPrefixLogitsProcessor",
+    "CTCPrefixScorer",
+    "CTCPrefixState",
+    "LabelUnits",
+    "SpeechLLMConfig",
+    "SpeechLLMDataCollator",
+    "SpeechLLMForConditionalGeneration",
+    "SpeechLLMPipeline",
+    "SpeechLLMPreTrainedModel",
+    "SpeechLLMProcessor",
+    "base_model",
+    "default_model",
+    "restrict_merges",
+    "select_lowercase_tokens",
+]

@@ -1,0 +1,73 @@
+# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
+"""CTC labels that are tokens of the language model: a small, closed subset of a byte-level BPE.
+
+The vocabulary of an LLM (50k to 250k tokens) is too large and too sparse for a CTC head trained on little speech. Its
+first merges are not: restricted to lower-case letters, about a thousand of them spell every English word, and each is
+a token that the language model knows. Removing all other merges from the tokeniser makes text come out in just these
+tokens, with unchanged ids.
+"""
+
+import json
+import re
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# "Ġ" is how byte-level BPE writes a space.
+_SPELLING = re.compile(r"^Ġ?[a-z']*$")
+_ALPHABET = [*"abcdefghijklmnopqrstuvwxyz'", "Ġ"]
+
+
+def _bpe(tokenizer: PreTrainedTokenizerBase) -> dict:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
+    if backend["model"]["type"] != "BPE" or "Ġ" not in backend["model"]["vocab"]:
+        raise ValueError(
+            "tokenizer: a byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) is expected, got a model of type "
+            f"{backend['model']['type']}; use CTC labels of their own (ctc_labels) with this tokenizer."
+        )
+    return backend
+
+
+def select_lowercase_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> list[int]:
+    """Ids of the letters, apostrophe, space and the first merges made of them only, `size` tokens in all.
+
+    Args:
+        tokenizer: A byte-level BPE tokeniser.
+        size: Number of tokens, at least 28 (the alphabet).
+
+    Raises:
+        ValueError: If the tokeniser is no byte-level BPE, or has fewer such tokens than `size`.
+    """
+    model = _bpe(tokenizer)["model"]
+    if size < len(_ALPHABET):
+        raise ValueError(f"size must be at least {len(_ALPHABET)} (the alphabet), got {size}.")
+    tokens = dict.fromkeys(_ALPHABET)
+    for merge in model["merges"]:
+        if len(tokens) == size:
+            break
+        token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        if _SPELLING.match(token):
+            tokens[token] = None
+    if len(tokens) < size:
+        raise ValueError(f"size: this tokenizer has only {len(tokens)} lower-case tokens, got size={size}.")
+    return [model["vocab"][token] for token in tokens]
+
+
+def restrict_merges(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> PreTrainedTokenizerFast:
+    """A tokeniser with the same vocabulary that forms, of all merges, only those that give one of `token_ids`.
+
+    Lower-case text is then spelled in `token_ids` alone, if they are closed as those of [`select_lowercase_tokens`].
+    """
+    backend = _bpe(tokenizer)
+    id_to_token = {index: token for token, index in backend["model"]["vocab"].items()}
+    allowed = {id_to_token[index] for index in token_ids}
+    backend["model"]["merges"] = [
+        merge for merge in backend["model"]["merges"] if "".join(merge.split(" ") if isinstance(merge, str) else merge) in allowed
+    ]
+    restricted = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
+        model_max_length=tokenizer.model_max_length,
+        **{name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
+    )
+    restricted.chat_template = tokenizer.chat_template
+    return restricted

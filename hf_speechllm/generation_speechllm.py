@@ -1,0 +1,151 @@
+# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
+"""`generate` of a speech LLM: encode once, build the prompt, decode with the language model and the CTC head jointly.
+
+Decoding options beyond those of transformers, saved in `generation_config` and overridable per call:
+
+- `ctc_weight` (0 to 1, default 0): weight w of the CTC prefix score, `(1-w) log p_LLM + w log p_CTC`.
+- `mode`: `"llm"` (default), the language model, jointly with CTC where `ctc_weight > 0`; `"ctc_greedy"`, the best CTC
+  path without the language model.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+from .audio_encoders import lens_to_mask
+from .ctc_prefix_score import CTCPrefixScorer
+from .label_units import LabelUnits
+from .logits_process import CTCPrefixLogitsProcessor
+
+MODES = ("llm", "ctc_greedy")
+_DEFAULTS = {"ctc_weight": 0.0, "mode": "llm"}
+
+
+class SpeechLLMGenerationMixin(GenerationMixin):
+    """Generation methods of [`SpeechLLMForConditionalGeneration`]."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_features: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        labels: torch.Tensor | None = None,
+        ctc_targets: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | ModelOutput:
+        r"""
+        Transcribe a batch of audio.
+
+        Args:
+            input_features: Waveforms `[B, S]` or frames `[B, S, F]`, `[B, F, S]`, from the processor.
+            attention_mask: With `input_ids`, their mask `[B, P]`. Without, the mask of the audio `[B, S]`, which is
+                how transformers' own pipeline passes it.
+            input_ids: `[B, P]` prompt with one audio placeholder in each row. `None`: the prompt of the config.
+            input_features_mask: `[B, S]`, 1 on valid steps.
+            generation_config: Replaces the model's own.
+            logits_processor: Further processors, applied after the joint CTC score.
+            labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
+            kwargs: Any option of transformers' `generate`, `ctc_weight` and `mode`.
+
+        Returns:
+            Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
+            these are given. With `return_dict_in_generate=True` the output of the language model's `generate`.
+
+        Raises:
+            ValueError: If an option is out of range, or needs a CTC head with labels that are LLM tokens.
+        """
+        if input_features is None:
+            raise ValueError("input_features is required: pass the output of the processor for the audio.")
+        if input_features_mask is None and input_ids is None:
+            input_features_mask, attention_mask = attention_mask, None
+        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        options = {name: _pop_option(name, kwargs, generation_config, self.generation_config) for name in _DEFAULTS}
+        self._check_options(**options)
+        kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
+        if options["mode"] == "ctc_greedy":
+            audio = self.encode(input_features, input_features_mask)
+            return self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)
+
+        audio = self.get_audio_features(input_features, input_features_mask)
+        inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
+        processors = LogitsProcessorList()
+        if options["ctc_weight"] > 0.0:
+            processors.append(self._ctc_processor(audio, options["ctc_weight"], generation_config.eos_token_id))
+        processors.extend(logits_processor or [])
+        output = self.language_model.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=mask,
+            generation_config=generation_config,
+            logits_processor=processors,
+            **kwargs,
+        )
+        if input_ids is None:
+            return output
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompt = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], 0).to(sequences.device)
+        sequences = torch.cat([prompt, sequences], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _check_options(self, ctc_weight: float, mode: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
+        if not 0.0 <= ctc_weight <= 1.0:
+            raise ValueError(f"ctc_weight must lie between 0 (language model only) and 1 (CTC only), got {ctc_weight}.")
+        if (ctc_weight > 0.0 or mode == "ctc_greedy") and self.config.ctc_token_ids is None:
+            raise ValueError(
+                f"ctc_weight={ctc_weight}, mode={mode!r} need a CTC head whose labels are tokens of the language model "
+                "(config.ctc_token_ids); this model has none. Use ctc_weight=0 and mode='llm'."
+            )
+
+    def _ctc_processor(
+        self, audio: ModelOutput, ctc_weight: float, eos_token_id: int | list[int] | None
+    ) -> CTCPrefixLogitsProcessor:
+        device = self.get_input_embeddings().weight.device
+        config = self.config
+        scorer = CTCPrefixScorer.from_log_probs(
+            audio.ctc_log_probs.to(device), audio.encoder_out_lens.to(device), config.blank_id
+        )
+        units = LabelUnits.from_token_ids(
+            torch.tensor(config.ctc_token_ids), config.text_config.vocab_size, config.blank_id
+        )
+        if eos_token_id is None:
+            raise ValueError("eos_token_id is required for joint decoding; set it in generation_config.")
+        return CTCPrefixLogitsProcessor(scorer, ctc_weight, eos_token_id, units)
+
+    def _ctc_greedy_tokens(
+        self, ctc_log_probs: torch.Tensor, lens: torch.Tensor, generation_config: GenerationConfig
+    ) -> torch.Tensor:
+        """The most probable CTC path `[B, T, U+1]`, repeats and blanks removed, as token ids `[B, N]`."""
+        blank_id = self.config.blank_id
+        path = ctc_log_probs.argmax(-1)
+        path = path.masked_fill(~lens_to_mask(lens, path.shape[1]), blank_id)
+        repeated = torch.zeros_like(path, dtype=torch.bool)
+        repeated[:, 1:] = path[:, 1:] == path[:, :-1]
+        keep = (path != blank_id) & ~repeated
+        token_ids = torch.tensor(self.config.ctc_token_ids, device=path.device)
+        eos = generation_config.eos_token_id
+        pad = generation_config.pad_token_id
+        pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
+        rows = [token_ids[labels[kept]] for labels, kept in zip(path, keep, strict=True)]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+
+
+def _pop_option(name: str, kwargs: dict[str, Any], given: GenerationConfig, own: GenerationConfig) -> Any:
+    """An option of ours: of the call, else of the given generation config, else of the model's, else the default."""
+    if kwargs.get(name) is not None:
+        return kwargs.pop(name)
+    kwargs.pop(name, None)
+    for config in (given, own):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return _DEFAULTS[name]

@@ -1,0 +1,233 @@
+"""Adapter of the CTC prefix scorer to transformers' `generate`: joint LLM and CTC decoding for any model.
+
+Shape legend: B utterances, K beams (or samples) per utterance, N = B*K rows, W width of `input_ids`, V vocabulary,
+U' labels scored by CTC.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from .ctc_prefix_score import KEEP_LABEL, LOG_PROB_FLOOR, CTCPrefixScorer, CTCPrefixState
+from .label_units import LabelUnits
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What one call leaves for the next: the rows it saw and their CTC states."""
+
+    ids: Tensor  # [N, W]
+    prompt_width: int  # columns of `ids` that were there at the first call
+    is_finished: Tensor  # [N] bool, EOS is among the generated tokens
+    state: CTCPrefixState
+
+
+class CTCPrefixLogitsProcessor(LogitsProcessor):
+    """Mixes the CTC prefix score into the next-token scores of any `generate` (greedy, sampling, beam search).
+
+    Token c after hypothesis g scores `(1 - weight) * log p_LLM(c) + weight * (psi(g.c) - psi(g))`, where psi is the CTC
+    prefix log-probability; an EOS token has `log P_CTC(the audio is exactly g)` in place of psi(g.c). Tokens CTC cannot
+    produce get -inf. EOS always stays possible, except where another processor forbade it; if that leaves a row
+    without any token (`min_new_tokens` beyond what the audio can hold, a forced token CTC does not know), the row keeps
+    its LLM log-probs. A token without a label that is chosen nevertheless leaves the CTC state as it is.
+
+    Takes logits or log-probs: they are normalised inside, and what another processor set to -inf stays -inf. Returns
+    log-scores [N, V] that are not normalised (the sum over V is below 1). With `weight` 0 the scores pass untouched.
+    Beam search should use `length_penalty=0.0, early_stopping="never"`, since the CTC score already settles the
+    length.
+
+    Beam safety: transformers does not tell processors which beams survived. Either the model's `_reorder_cache` calls
+    `reorder(beam_idx)`, or parents are found by comparing `input_ids` with the previous call's rows of the same
+    utterance; both are exact. `input_ids` may start with a prompt or empty (`inputs_embeds`): the width at the first
+    call is the prompt, the CTC hypothesis is what follows it up to EOS, and padding after EOS is ignored.
+
+    Reuse: one processor belongs to one batch of audio. Another `generate` on the same audio may use it again (with any
+    number of beams): when `input_ids` are no wider than the prompt was, the hypotheses start afresh. In all other cases
+    call `reset()` in between. For other audio, build another processor.
+
+    Args:
+        scorer: made from the CTC log-probs of the B utterances, on the device of the model's logits.
+        weight: share of CTC, 0 to 1.
+        eos_token_id: the id or ids that end a hypothesis, as in `generate`.
+        label_units: which token each CTC label is; None if label ids are token ids. V may exceed the labels.
+        parents: "auto" as described; "recompute" rebuilds every state from its tokens at each call, which is slow and
+            serves as the reference.
+
+    Raises:
+        ValueError: an argument is out of range, or `label_units` do not fit the scorer.
+
+    Source: Hori et al. (2017), "Joint CTC/attention decoding for end-to-end speech recognition", equation 14.
+    """
+
+    def __init__(
+        self,
+        scorer: CTCPrefixScorer,
+        weight: float,
+        eos_token_id: int | list[int] | Tensor,
+        label_units: LabelUnits | None = None,
+        *,
+        parents: Literal["auto", "recompute"] = "auto",
+    ) -> None:
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight: expected 0 to 1 (share of the CTC score), got {weight}.")
+        if parents not in ("auto", "recompute"):
+            raise ValueError(f'parents: expected "auto" or "recompute", got {parents!r}.')
+        eos_token_ids = torch.as_tensor(eos_token_id, device=scorer.device).reshape(-1)
+        if eos_token_ids.numel() == 0 or eos_token_ids.is_floating_point() or int(eos_token_ids.min()) < 0:
+            raise ValueError(f"eos_token_id: expected one or more token ids, got {eos_token_id}.")
+        if label_units is None:
+            label_units = LabelUnits.identical(scorer.num_labels, scorer.num_labels, scorer.blank_id)
+        if (label_units.num_labels, label_units.blank_id) != (scorer.num_labels, scorer.blank_id):
+            raise ValueError(
+                f"label_units: expected {scorer.num_labels} labels with blank {scorer.blank_id} like the scorer, got "
+                f"{label_units.num_labels} with blank {label_units.blank_id}."
+            )
+        self.scorer = scorer
+        self.weight = weight
+        self.eos_token_ids = eos_token_ids
+        self._highest_eos = int(eos_token_ids.max())  # kept here: reading it from the device would wait for it
+        self.label_units = label_units.to(scorer.device)
+        self.parents = parents
+        self._step: _Step | None = None
+        self._parent: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the joint scores [N, V].
+
+        Args:
+            input_ids: [N, W] prompt and generated tokens, rows grouped by utterance.
+            scores: [N, V] logits or log-probs of the LLM.
+
+        Raises:
+            ValueError: N is not a multiple of the scorer's utterances, or the rows do not continue those of the
+                previous call.
+        """
+        if self.weight == 0.0:
+            return scores
+        self._check_call(input_ids, scores)
+        self._step, self._parent = self._next_step(input_ids), None
+        return self._mix(self._step.state, scores)
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Announces the parents of the next call's rows: call it from the model's `_reorder_cache`.
+
+        Args:
+            beam_idx: [N] flat row of the previous call that each row of the next one continues.
+        """
+        self._parent = beam_idx.to(self.scorer.device)
+
+    def reset(self) -> None:
+        """Forgets the hypotheses: the next call is the first of a new `generate` on the same audio."""
+        self._step, self._parent = None, None
+
+    def _next_step(self, input_ids: Tensor) -> _Step:
+        last = self._step
+        width = input_ids.shape[1]
+        if last is None or width <= last.prompt_width:
+            return self._first_step(input_ids, width)
+        seen = last.ids.shape[1]
+        if input_ids.shape[0] == last.ids.shape[0]:
+            if width == seen + 1:
+                if self.parents == "recompute":
+                    return self._replay(input_ids, last.prompt_width)
+                parent = self._parent if self._parent is not None else self._match(last.ids, input_ids)
+                if torch.equal(last.ids[parent], input_ids[:, :-1]):
+                    return self._continue(last, parent, input_ids)
+            # Speculative decoding steps back after a rejected draft.
+            elif width <= seen and torch.equal(last.ids[:, : width - 1], input_ids[:, :-1]):
+                return self._replay(input_ids, last.prompt_width)
+        raise ValueError(
+            f"input_ids: expected rows that continue the previous call's {tuple(last.ids.shape)} by one token (prompt "
+            f"of {last.prompt_width}), got {tuple(input_ids.shape)} that do not; for a new generate on the same audio "
+            "call reset() first, for other audio build a new processor."
+        )
+
+    def _first_step(self, input_ids: Tensor, prompt_width: int) -> _Step:
+        num_rows = input_ids.shape[0]
+        state = self.scorer.init(num_rows // self.scorer.num_utterances)
+        is_finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
+        return _Step(input_ids.clone(), prompt_width, is_finished, state)
+
+    def _continue(self, last: _Step, parent: Tensor, input_ids: Tensor) -> _Step:
+        """One token more; `parent` [N] are rows of `last`."""
+        token = input_ids[:, -1]
+        is_finished = last.is_finished[parent] | torch.isin(token, self.eos_token_ids)
+        # After EOS come padding tokens, which may well be labels of their own.
+        label = self.label_units.tokens_to_labels(token).masked_fill(is_finished, KEEP_LABEL)
+        state = self.scorer.advance(last.state, parent, label)
+        return _Step(input_ids.clone(), last.prompt_width, is_finished, state)
+
+    def _replay(self, input_ids: Tensor, prompt_width: int) -> _Step:
+        """The step of `input_ids`, token by token from the empty hypothesis."""
+        step = self._first_step(input_ids[:, :prompt_width], prompt_width)
+        same_row = torch.arange(input_ids.shape[0], device=input_ids.device)
+        for width in range(prompt_width + 1, input_ids.shape[1] + 1):
+            step = self._continue(step, same_row, input_ids[:, :width])
+        return step
+
+    def _match(self, last_ids: Tensor, input_ids: Tensor) -> Tensor:
+        """[N] a row of `last_ids` [N, W-1] in the same utterance that each row of `input_ids` [N, W] continues.
+
+        Equal rows have equal CTC states, so any of them will do; without one, the result is arbitrary.
+        """
+        num_utterances, num_beams = self.scorer.num_utterances, len(last_ids) // self.scorer.num_utterances
+        before = last_ids.view(num_utterances, 1, num_beams, last_ids.shape[1])  # B, 1, K, W-1
+        now = input_ids[:, :-1].reshape(num_utterances, num_beams, 1, last_ids.shape[1])  # B, K, 1, W-1
+        beam = (before == now).all(-1).int().argmax(-1)  # B, K
+        first_row = torch.arange(num_utterances, device=beam.device)[:, None] * beam.shape[1]
+        return (first_row + beam).flatten()
+
+    def _mix(self, state: CTCPrefixState, scores: Tensor) -> Tensor:
+        psi = state.prefix_log_prob
+        psi = psi.masked_fill(psi == -math.inf, 0.0)  # impossible hypothesis: all its continuations are -inf already
+        label_gain = self.scorer.score(state) - psi[:, None]  # N, U'
+        # An impossible hypothesis may still end.
+        eos_gain = (self.scorer.eos(state) - psi).clamp(min=LOG_PROB_FLOOR)
+
+        labels = self.scorer.labels
+        if labels is not None:
+            labels = labels.repeat_interleave(len(state) // labels.shape[0], 0)  # B, U' -> N, U'
+            tokens = self.label_units.labels_to_tokens(labels)
+        else:
+            # The blank has no token; what is read in its place meets a gain of -inf and is dropped by scatter.
+            tokens = self.label_units.label_to_token.clamp(min=0).expand_as(label_gain)
+
+        normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
+        label_scores = self._joint(scores.gather(1, tokens), normaliser, label_gain)
+        eos_scores = self._joint(scores[:, self.eos_token_ids], normaliser, eos_gain[:, None])
+        joint = self.label_units.scatter(label_scores.to(scores.dtype), scores.shape[1], labels)
+        joint[:, self.eos_token_ids] = eos_scores.to(scores.dtype)
+
+        is_stuck = ~(label_scores.isfinite().any(1) | eos_scores.isfinite().any(1))
+        if bool(is_stuck.any()):
+            joint[is_stuck] = (scores - normaliser)[is_stuck]
+        return joint
+
+    def _joint(self, scores: Tensor, normaliser: Tensor, ctc_gain: Tensor) -> Tensor:
+        joint = (1.0 - self.weight) * (scores - normaliser) + self.weight * ctc_gain
+        return joint.masked_fill(scores == -math.inf, -math.inf)  # weight 1 would make NaN of a forbidden token
+
+    def _check_call(self, input_ids: Tensor, scores: Tensor) -> None:
+        if input_ids.device != self.scorer.device or scores.device != self.scorer.device:
+            raise ValueError(
+                f"scorer: expected on the device of input_ids ({input_ids.device}) and scores ({scores.device}), got "
+                f"{self.scorer.device}; move log_probs there before CTCPrefixScorer.from_log_probs."
+            )
+        num_rows, num_utterances = input_ids.shape[0], self.scorer.num_utterances
+        if num_rows % num_utterances or scores.shape[0] != num_rows:
+            raise ValueError(
+                f"input_ids: expected beams * {num_utterances} rows for the scorer's {num_utterances} utterances, got "
+                f"{num_rows} rows (scores: {scores.shape[0]}); build the scorer from the batch that generate gets."
+            )
+        vocab_size = scores.shape[1]
+        self.label_units.check_vocab_size(vocab_size)
+        if self._highest_eos >= vocab_size:
+            raise ValueError(
+                f"eos_token_id: expected ids below the vocabulary size {vocab_size}, got {self.eos_token_ids.tolist()}."
+            )

@@ -1,0 +1,431 @@
+# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
+"""Speech LLM: any acoustic encoder of transformers, a projector, any causal language model, and a CTC head.
+
+Shapes: B utterances, S input steps, T encoder frames, D encoder width, L audio positions of the language model,
+P positions of the whole input of the language model, H its width, V its vocabulary, U CTC labels.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .audio_encoders import build_audio_tower, encode_audio, encoder_layers, extract_audio_tower, lens_to_mask
+from .configuration_speechllm import SpeechLLMConfig
+from .generation_speechllm import SpeechLLMGenerationMixin
+from .projectors import PROJECTOR_CLASSES, CTCHead, CTCPosteriorProjector, drop_blank_positions
+
+if TYPE_CHECKING:
+    # transformers saves the modules that this one imports with the model; `config.custom_pipelines` needs this one too.
+    from .pipeline_speechllm import SpeechLLMPipeline  # noqa: F401
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class SpeechLLMAudioOutput(ModelOutput):
+    """Everything computed from the audio, once per utterance.
+
+    Args:
+        encoder_out (`torch.Tensor` of shape `[B, T, D]`): Output of the acoustic encoder.
+        encoder_out_lens (`torch.Tensor` of shape `[B]`): Number of valid frames.
+        ctc_log_probs (`torch.Tensor` of shape `[B, T, U+1]`, *optional*): CTC log-probabilities, blank last.
+        audio_embeds (`torch.Tensor` of shape `[B, L, H]`, *optional*): Input embeddings of the language model.
+        audio_embeds_lens (`torch.Tensor` of shape `[B]`, *optional*): Number of valid audio positions.
+    """
+
+    encoder_out: torch.Tensor | None = None
+    encoder_out_lens: torch.Tensor | None = None
+    ctc_log_probs: torch.Tensor | None = None
+    audio_embeds: torch.Tensor | None = None
+    audio_embeds_lens: torch.Tensor | None = None
+
+
+@dataclass
+class SpeechLLMOutput(ModelOutput):
+    """Output of [`SpeechLLMForConditionalGeneration`].
+
+    Args:
+        loss (`torch.Tensor` of shape `[]`, *optional*): Weighted sum of the losses below.
+        ce_loss (`torch.Tensor` of shape `[]`, *optional*): Cross-entropy per token, in nats.
+        ctc_loss (`torch.Tensor` of shape `[]`, *optional*): CTC loss per token of the transcripts, in nats.
+        logits (`torch.Tensor` of shape `[B, P, V]`, *optional*): Outputs of the language model; with `labels` and no
+            `input_ids` only those that predict the labels, `[B, labels, V]`.
+        past_key_values (`Cache`, *optional*): Cache of the language model.
+        audio (`SpeechLLMAudioOutput`, *optional*): What was computed from the audio.
+    """
+
+    loss: torch.Tensor | None = None
+    ce_loss: torch.Tensor | None = None
+    ctc_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    audio: SpeechLLMAudioOutput | None = None
+
+
+class SpeechLLMPreTrainedModel(PreTrainedModel):
+    config_class = SpeechLLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_features"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CTCPosteriorProjector):
+            init.zeros_(module.blank_embedding)
+            init.zeros_(module.linear_2.weight)  # the correction starts at zero
+        elif isinstance(module, CTCHead) and module.layer_weights is not None:
+            init.zeros_(module.layer_weights)
+
+
+class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGenerationMixin):
+    r"""
+    A causal language model that hears: `prompt before | audio embeddings | prompt after | transcript`.
+
+    Args:
+        config (`SpeechLLMConfig`): Configuration.
+        audio_tower (`PreTrainedModel`, *optional*): An acoustic encoder to use in place of a fresh one.
+        language_model (`PreTrainedModel`, *optional*): A causal language model to use in place of a fresh one.
+    """
+
+    # Tells the Trainer that the loss is averaged over `num_items_in_batch` here.
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self,
+        config: SpeechLLMConfig,
+        audio_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.audio_tower = build_audio_tower(config.audio_config) if audio_tower is None else audio_tower
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        # Decoding is configured by *our* generation_config; sampling defaults of a chat model do not belong in ASR.
+        self.language_model.generation_config = GenerationConfig()
+        self.multi_modal_projector = PROJECTOR_CLASSES[config.projector](config)
+        self.ctc_head = CTCHead(config) if config.ctc_vocab_size is not None else None
+        self._num_audio_layers = len(encoder_layers(self.audio_tower))
+        self.post_init()
+
+    @classmethod
+    def from_encoder_llm_pretrained(
+        cls,
+        audio_model: str | PreTrainedModel,
+        language_model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        **config_overrides: Any,
+    ) -> "SpeechLLMForConditionalGeneration":
+        """A speech LLM of two pre-trained models; projector and CTC head are fresh and need training.
+
+        Args:
+            audio_model: Acoustic encoder, or a model that has one: Hub id, folder, or model.
+            language_model: Causal language model: Hub id, folder, or model.
+            tokenizer: Tokeniser of the prompt texts; by default that of `language_model`, if it is an id or a folder.
+            dtype: Type of the weights; by default float32.
+            config_overrides: Values of [`SpeechLLMConfig`], such as `projector=`, `downsampling=`, `ctc_token_ids=`.
+
+        Raises:
+            ValueError: If a prompt is given as text and there is no tokeniser to encode it.
+        """
+        dtype = torch.float32 if dtype is None else dtype
+        source = language_model
+        if isinstance(audio_model, str):
+            audio_model = AutoModel.from_pretrained(audio_model, dtype=dtype)
+        if isinstance(language_model, str):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+        prompts = [name for name in ("prompt_before", "prompt_after") if config_overrides.get(name)]
+        if any(f"{name}_ids" not in config_overrides for name in prompts) and tokenizer is None:
+            if not isinstance(source, str):
+                raise ValueError(
+                    f"tokenizer: {prompts[0]} is a text and language_model a model without tokeniser; pass tokenizer=, "
+                    f"or the tokens as {prompts[0]}_ids=."
+                )
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        for name in prompts:
+            ids = tokenizer(config_overrides[name], add_special_tokens=False).input_ids if tokenizer else None
+            config_overrides.setdefault(f"{name}_ids", ids)
+        audio_tower = extract_audio_tower(audio_model)
+        text_config = language_model.config.get_text_config()
+        # A composite config resets the attention implementation of its parts unless it is told.
+        attention = {
+            "audio_config": audio_tower.config._attn_implementation,
+            "text_config": text_config._attn_implementation,
+        }
+        config = SpeechLLMConfig(
+            audio_config=audio_tower.config, text_config=text_config, attn_implementation=attention, **config_overrides
+        )
+        generation_config = language_model.generation_config
+        model = cls(config, audio_tower, language_model).to(next(language_model.parameters()).dtype)
+        model.generation_config = GenerationConfig(
+            eos_token_id=generation_config.eos_token_id,
+            bos_token_id=generation_config.bos_token_id,
+            pad_token_id=generation_config.pad_token_id,
+            max_new_tokens=256,
+        )
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_decoder(self) -> PreTrainedModel:
+        return self.language_model.get_decoder()
+
+    def get_encoder(self, modality: str | None = None) -> PreTrainedModel:
+        return self.audio_tower
+
+    def encode(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> SpeechLLMAudioOutput:
+        """Encoder and CTC head: all that combination with a language model by shallow fusion needs.
+
+        Args:
+            input_features: Output of the processor, waveforms `[B, S]` or frames `[B, S, F]`, `[B, F, S]`.
+            input_features_mask: `[B, S]`, 1 on valid steps. `None`: no padding.
+        """
+        parameter = next(self.audio_tower.parameters())
+        layers = tuple(self.ctc_head.layers) if self.ctc_head is not None else ()
+        encoding = encode_audio(
+            self.audio_tower, input_features.to(parameter.device, parameter.dtype), input_features_mask, layers
+        )
+        ctc_log_probs = self.ctc_head(encoding, self._num_audio_layers) if self.ctc_head is not None else None
+        return SpeechLLMAudioOutput(
+            encoder_out=encoding.encoder_out,
+            encoder_out_lens=encoding.encoder_out_lens,
+            ctc_log_probs=ctc_log_probs,
+        )
+
+    def get_audio_features(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+    ) -> SpeechLLMAudioOutput:
+        """As [`~SpeechLLMForConditionalGeneration.encode`], with the embeddings that the language model reads."""
+        audio = self.encode(input_features, input_features_mask)
+        frame_mask = lens_to_mask(audio.encoder_out_lens, audio.encoder_out.shape[1])
+        frames = audio.encoder_out * frame_mask[..., None].to(audio.encoder_out.dtype)
+        if self.config.projector == "ctc_posterior":
+            label_ids = torch.tensor(self.config.ctc_token_ids, device=self.get_input_embeddings().weight.device)
+            embeds = self.multi_modal_projector(
+                frames, audio.ctc_log_probs, frame_mask, self.get_input_embeddings()(label_ids)
+            )
+        elif self.config.projector == "conv":
+            embeds = self.multi_modal_projector(frames, frame_mask)
+        else:
+            embeds = self.multi_modal_projector(frames)
+        downsampling = self.config.downsampling
+        lens = torch.div(audio.encoder_out_lens + downsampling - 1, downsampling, rounding_mode="floor")
+        if self.config.ctc_blank_threshold is not None:
+            embeds, lens = drop_blank_positions(
+                embeds, lens, audio.ctc_log_probs, frame_mask, downsampling, self.config.ctc_blank_threshold
+            )
+        audio.audio_embeds, audio.audio_embeds_lens = embeds, lens
+        return audio
+
+    def merge_inputs(
+        self, audio: SpeechLLMAudioOutput, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Input of the language model: text tokens, with the audio in place of its one placeholder.
+
+        Args:
+            audio: Output of [`~SpeechLLMForConditionalGeneration.get_audio_features`].
+            input_ids: `[B, P']` with exactly one `config.audio_token_id` in each row. `None`: the prompt of the config.
+            attention_mask: `[B, P']`, 0 on the padding of `input_ids`.
+
+        Returns:
+            Embeddings `[B, P, H]` and mask `[B, P]`, padded on the left.
+
+        Raises:
+            ValueError: If a row has no placeholder, or several.
+        """
+        batch_size = audio.audio_embeds.shape[0]
+        if input_ids is None:
+            input_ids = self.prompt_ids.expand(batch_size, -1)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        placeholder = (input_ids == self.config.audio_token_id) & attention_mask.bool()
+        if input_ids.shape[0] != batch_size or not (placeholder.sum(1) == 1).all():
+            raise ValueError(
+                f"input_ids must have one row per utterance ({batch_size}) and one audio placeholder (token "
+                f"{self.config.audio_token_id}) in each; got {input_ids.shape[0]} rows with {placeholder.sum(1).tolist()} "
+                "placeholders. Build them with processor.apply_transcription_request."
+            )
+        # The placeholder's id may lie beyond the vocabulary.
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
+        audio_embeds = audio.audio_embeds.to(embeds.device, embeds.dtype)
+        rows = []
+        for row in range(batch_size):
+            position = int(placeholder[row].nonzero())
+            valid = attention_mask[row].bool()
+            before = embeds[row, :position][valid[:position]]
+            after = embeds[row, position + 1 :][valid[position + 1 :]]
+            rows.append(torch.cat([before, audio_embeds[row, : int(audio.audio_embeds_lens[row])], after]))
+        lens = torch.tensor([len(row) for row in rows], device=embeds.device)
+        inputs_embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        return inputs_embeds, lens_to_mask(lens, inputs_embeds.shape[1]).flip(1).long()
+
+    @property
+    def prompt_ids(self) -> torch.Tensor:
+        """The prompt of the config around the audio placeholder, `[P']`."""
+        config = self.config
+        ids = [*config.prompt_before_ids, config.audio_token_id, *config.prompt_after_ids]
+        return torch.tensor(ids, device=self.get_input_embeddings().weight.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_features: torch.Tensor | None = None,
+        input_features_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        ctc_targets: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SpeechLLMOutput:
+        r"""
+        Args:
+            input_features: Waveforms `[B, S]` or frames `[B, S, F]`, `[B, F, S]`, from the processor.
+            input_features_mask: `[B, S]`, 1 on valid steps. `None`: no padding.
+            input_ids: `[B, P']` prompt with one audio placeholder in each row. `None`: the prompt of the config.
+            attention_mask: `[B, P']`, 0 on the padding of `input_ids`.
+            labels: `[B, N]` tokens of the transcripts with the end-of-sequence token, padded with -100. They follow
+                the prompt (teacher forcing); there is no need to put them into `input_ids`.
+            ctc_targets: `[B, M]` CTC labels, padded with -100. By default the labels of the tokens in `labels`, where
+                the config has `ctc_token_ids`.
+            num_items_in_batch: Number of tokens that the losses are averaged over, given by the Trainer when the
+                batch is one of several (gradient accumulation). By default that of `labels`.
+            kwargs: Passed to the language model.
+
+        Raises:
+            ValueError: If there is no audio, or CTC targets cannot be derived from the labels.
+        """
+        if input_features is None:
+            raise ValueError("input_features is required: pass the output of the processor for the audio.")
+        only_ctc = labels is not None and self.config.ce_loss_weight == 0.0
+        audio = (self.encode if only_ctc else self.get_audio_features)(input_features, input_features_mask)
+        output = SpeechLLMOutput(audio=audio)
+        if labels is not None and num_items_in_batch is None:
+            num_items_in_batch = (labels != IGNORE_INDEX).sum()
+        if not only_ctc:
+            self._run_language_model(output, input_ids, attention_mask, labels, num_items_in_batch, kwargs)
+        if labels is not None and self.ctc_head is not None and self.config.ctc_loss_weight > 0.0:
+            targets = ctc_targets if ctc_targets is not None else self._ctc_targets(labels)
+            output.ctc_loss = self._ctc_loss(audio, targets) / num_items_in_batch
+        if labels is not None:
+            ce = self.config.ce_loss_weight * output.ce_loss if output.ce_loss is not None else 0.0
+            ctc = self.config.ctc_loss_weight * output.ctc_loss if output.ctc_loss is not None else 0.0
+            output.loss = ce + ctc
+        return output
+
+    def _run_language_model(
+        self,
+        output: SpeechLLMOutput,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        inputs_embeds, mask = self.merge_inputs(output.audio, input_ids, attention_mask)
+        if labels is not None:
+            labels = labels.to(inputs_embeds.device)
+            # Padding of the labels moves to the left too, so that the last N logits of a row predict its labels.
+            inputs_embeds, mask, labels = self._append_labels(inputs_embeds, mask, labels)
+            kwargs = {"logits_to_keep": labels.shape[1] + 1, "use_cache": False, **kwargs}
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        lm_output = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, **kwargs
+        )
+        output.logits, output.past_key_values = lm_output.logits, lm_output.past_key_values
+        if labels is not None:
+            output.logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
+            ce_sum = nn.functional.cross_entropy(
+                output.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            output.ce_loss = ce_sum / num_items_in_batch
+
+    def _append_labels(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Prompts `[B, P, H]` and labels `[B, N]` to left-padded inputs `[B, P', H]`, mask and labels."""
+        valid = labels != IGNORE_INDEX
+        label_embeds = self.get_input_embeddings()(labels.masked_fill(~valid, 0))
+        rows, row_labels = [], []
+        for row in range(labels.shape[0]):
+            rows.append(torch.cat([inputs_embeds[row][mask[row].bool()], label_embeds[row][valid[row]]]))
+            row_labels.append(labels[row][valid[row]])
+        lens = torch.tensor([len(row) for row in rows], device=labels.device)
+        inputs_embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        labels = nn.utils.rnn.pad_sequence(
+            row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side="left"
+        )
+        return inputs_embeds, lens_to_mask(lens, inputs_embeds.shape[1]).flip(1).long(), labels
+
+    def _ctc_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """CTC labels `[B, N]` of the tokens of the transcripts; end-of-sequence and padding become -100."""
+        if self.config.ctc_token_ids is None:
+            raise ValueError("ctc_targets is required: this model's CTC labels are not tokens of the language model.")
+        token_ids = torch.tensor(self.config.ctc_token_ids, device=labels.device)
+        table = torch.full((self.config.text_config.vocab_size,), IGNORE_INDEX, device=labels.device)
+        table[token_ids] = torch.arange(len(token_ids), device=labels.device)
+        targets = torch.where(labels >= 0, table[labels.clamp(min=0)], IGNORE_INDEX)
+        eos = self.generation_config.eos_token_id
+        special = torch.tensor(eos if isinstance(eos, list) else [eos], device=labels.device)
+        unknown = (labels >= 0) & (targets == IGNORE_INDEX) & ~torch.isin(labels, special)
+        if unknown.any():
+            raise ValueError(
+                f"labels: token {int(labels[unknown][0])} is no CTC label (not in config.ctc_token_ids); encode the "
+                "transcripts with the model's own tokenizer."
+            )
+        return targets
+
+    def _ctc_loss(self, audio: SpeechLLMAudioOutput, targets: torch.Tensor) -> torch.Tensor:
+        """Sum over the utterances, in nats. Transcripts that do not fit into their frames count zero."""
+        log_probs = audio.ctc_log_probs
+        targets = targets.to(log_probs.device)
+        valid = targets != IGNORE_INDEX
+        return nn.functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            targets[valid],
+            audio.encoder_out_lens,
+            valid.sum(1),
+            blank=self.config.blank_id,
+            reduction="sum",
+            zero_infinity=True,
+        )
+
+
+SpeechLLMForConditionalGeneration.register_for_auto_class("AutoModelForSpeechSeq2Seq")
+
+__all__ = [
+    "SpeechLLMAudioOutput",
+    "SpeechLLMForConditionalGeneration",
+    "SpeechLLMOutput",
+    "SpeechLLMPreTrainedModel",
+]

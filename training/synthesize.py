@@ -1,0 +1,199 @@
+"""Synthetic speech for training: shards of about ten minutes, a FLAC file and a JSONL manifest each.
+
+    python -m training.synthesize --cache CACHE --out DIR --hours 10 --seed 1 --engine hibari --workers 2 [--split dev]
+
+A shard depends on the engine, seed, split, shard number and length only (piper alone draws unseeded noise).
+A finished shard is never made again, so that the command can be stopped and repeated, or repeated with more hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from training.engines import ENGINES, load_engine
+from training.texts import SentenceSampler, collect_sentences, load_sentences, save_sentences
+from training.voices import SAMPLING_RATE, Engine, random_voice, speak
+
+SHARD_S = 600.0
+MIN_UTTERANCE_S, MAX_UTTERANCE_S = 0.5, 28.0
+EDGE_SILENCE_S = (0.05, 0.6)
+PAUSE_S = (0.15, 0.9)
+EMPTY_SHARE, SHORT_SHARE, SENTENCE_SHARE = 0.01, 0.24, 0.42  # the rest: 2 to 5 sentences in a row
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """`waveform` float32 [T] at SAMPLING_RATE, its target `text` (may be empty) and a label of the `voice`."""
+
+    waveform: np.ndarray
+    text: str
+    voice: str
+
+
+def make_utterance(engine: Engine, sampler: SentenceSampler, rng: np.random.Generator) -> Utterance | None:
+    """One random utterance of 0.5 to 28 s, or None where the engine stayed silent or the text came out too long."""
+    kind = rng.random()
+    if kind < EMPTY_SHARE:
+        return Utterance(_background(rng), "", "none")
+    if kind < EMPTY_SHARE + SHORT_SHARE:
+        sentences = [sampler.short(rng)]
+    elif kind < EMPTY_SHARE + SHORT_SHARE + SENTENCE_SHARE:
+        sentences = [sampler.sentence(rng)]
+    else:
+        sentences = [sampler.sentence(rng) for _ in range(int(rng.integers(2, 6)))]
+    voice = random_voice(engine, rng)
+    parts, texts, samples = [_silence(rng, EDGE_SILENCE_S)], [], 0
+    tail = _silence(rng, EDGE_SILENCE_S)
+    for sentence in sentences:
+        speech = speak(engine, sentence.spoken, voice)
+        if len(speech) == 0:
+            continue
+        pause = _silence(rng, PAUSE_S) if texts else speech[:0]
+        added = len(pause) + len(speech)
+        if (samples + added + len(parts[0]) + len(tail)) / SAMPLING_RATE > MAX_UTTERANCE_S:
+            break
+        parts += [pause, speech]
+        texts.append(sentence.text)
+        samples += added
+    if not texts:
+        return None
+    waveform = np.concatenate([*parts, tail])
+    missing = int(MIN_UTTERANCE_S * SAMPLING_RATE) - len(waveform)
+    if missing > 0:
+        waveform = np.pad(waveform, (missing // 2, missing - missing // 2))
+    peak = rng.uniform(0.4, 0.9)
+    return Utterance(waveform * (peak / np.abs(waveform).max()), " ".join(texts), str(voice))
+
+
+def write_shard(
+    engine: Engine, sampler: SentenceSampler, out: Path, name: str, rng: np.random.Generator, shard_s: float = SHARD_S
+) -> float:
+    """Writes `name`.flac and then `name`.jsonl below `out`, each by an atomic rename; returns the seconds of audio."""
+    waveforms, records, samples = [], [], 0
+    while samples < shard_s * SAMPLING_RATE:
+        utterance = make_utterance(engine, sampler, rng)
+        if utterance is None:
+            continue
+        records.append(
+            {
+                "audio_filepath": f"{name}.flac",
+                "offset": round(samples / SAMPLING_RATE, 7),
+                "duration": round(len(utterance.waveform) / SAMPLING_RATE, 7),
+                "text": utterance.text,
+                "voice": utterance.voice,
+                "engine": engine.name,
+            }
+        )
+        waveforms.append(utterance.waveform)
+        samples += len(utterance.waveform)
+    audio, manifest = out / f"{name}.flac", out / f"{name}.jsonl"
+    scratch = out / f".{name}.{os.getpid()}"
+    soundfile.write(scratch, np.concatenate(waveforms), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+    os.replace(scratch, audio)
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(scratch, manifest)
+    return samples / SAMPLING_RATE
+
+
+def shard_rng(engine: str, seed: int, split: str, shard: int) -> np.random.Generator:
+    """The generator that alone determines a shard."""
+    return np.random.default_rng([zlib.crc32(f"{engine}/{split}".encode()), seed, shard])
+
+
+def synthesize_shard(
+    shard: int, *, engine: str, seed: int, split: str, cache: Path, out: Path, shard_s: float = SHARD_S
+) -> float:
+    """Makes one shard unless its manifest is there; returns the seconds of audio made now."""
+    name = f"{engine}-{seed}-{shard:05d}"
+    if (out / f"{name}.jsonl").exists():
+        return 0.0
+    sampler = _sampler(cache, split)
+    return write_shard(_engine(engine, cache), sampler, out, name, shard_rng(engine, seed, split, shard), shard_s)
+
+
+def prepare_sentences(cache: Path) -> Path:
+    """Collects the sentences once; later runs read the file."""
+    path = cache / "sentences.jsonl"
+    if not path.exists():
+        sentences = collect_sentences(cache)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        save_sentences(sentences, scratch)
+        os.replace(scratch, path)
+    return path
+
+
+_loaded: dict[tuple[str, str], object] = {}  # per worker process: engines and texts are slow to load
+
+
+def _engine(name: str, cache: Path) -> Engine:
+    if ("engine", name) not in _loaded:
+        _loaded["engine", name] = load_engine(name, cache)
+    return _loaded["engine", name]
+
+
+def _sampler(cache: Path, split: str) -> SentenceSampler:
+    if ("sampler", split) not in _loaded:
+        _loaded["sampler", split] = SentenceSampler(load_sentences(prepare_sentences(cache)), split)
+    return _loaded["sampler", split]
+
+
+def _silence(rng: np.random.Generator, range_s: tuple[float, float]) -> np.ndarray:
+    return np.zeros(int(rng.uniform(*range_s) * SAMPLING_RATE), np.float32)
+
+
+def _background(rng: np.random.Generator) -> np.ndarray:
+    """Silence or coloured noise of 0.5 to 8 s."""
+    noise = rng.standard_normal(int(rng.uniform(0.5, 8.0) * SAMPLING_RATE))
+    spectrum = np.fft.rfft(noise)
+    spectrum /= np.maximum(np.arange(len(spectrum)), 1) ** rng.uniform(0.0, 1.0)
+    noise = np.fft.irfft(spectrum, len(noise))
+    level = 0.0 if rng.random() < 0.3 else 10 ** rng.uniform(-3.5, -0.7)
+    return (noise * (level / np.abs(noise).max())).astype(np.float32)
+
+
+def main() -> None:
+    """Makes the shards that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for fetched packages and sentences")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--hours", type=float, required=True, help="hours in total for this engine, seed and split")
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--engine", choices=sorted(ENGINES), required=True)
+    parser.add_argument("--split", choices=("train", "dev"), default="train")
+    parser.add_argument("--shard-s", type=float, default=SHARD_S, help="seconds of audio in a shard")
+    parser.add_argument("--workers", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    prepare_sentences(arguments.cache)
+    job = partial(
+        synthesize_shard,
+        engine=arguments.engine,
+        seed=arguments.seed,
+        split=arguments.split,
+        cache=arguments.cache,
+        out=arguments.out,
+        shard_s=arguments.shard_s,
+    )
+    shards = range(max(1, round(arguments.hours * 3600 / arguments.shard_s)))
+    started, made_s = time.monotonic(), 0.0
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        for shard_s in pool.map(job, shards):
+            made_s += shard_s
+    elapsed_s = time.monotonic() - started
+    speed = f"{made_s / elapsed_s:.0f} x real time"
+    print(f"{arguments.engine}: {len(shards)} shards, {made_s / 3600:.2f} h made now, {speed}")
+
+
+if __name__ == "__main__":
+    main()
