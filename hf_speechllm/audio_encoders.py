@@ -17,9 +17,6 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
-# The shortest input of Moonshine's three convolutions that gives one frame: 127 + 64 * (7 + 3 * (3 - 1) - 1).
-MOONSHINE_MIN_SAMPLES = 895
-
 
 @dataclass(frozen=True)
 class AudioEncoding:
@@ -42,19 +39,25 @@ def build_audio_tower(audio_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def extract_audio_tower(model: PreTrainedModel) -> PreTrainedModel:
-    """The acoustic encoder of `model`: its encoder if it also has a decoder or a head, else `model` itself."""
+    """The acoustic encoder of `model`: its encoder if it also has a decoder or a head, else `model` itself.
+
+    Raises:
+        ValueError: If the encoder ends in a length adapter, which lets padding leak in.
+    """
+    if getattr(model.config, "add_adapter", False):
+        raise ValueError(
+            "audio_config: add_adapter must be False, got True; the projector takes the place of the length adapter "
+            "(load the encoder with add_adapter=False)."
+        )
     model = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or hasattr(model.config, "encoder_config"):
         return model.get_encoder()
     return model
 
 
 def encoder_width(audio_config: PreTrainedConfig) -> int:
     """Width D of the encoder's frames."""
-    audio_config = getattr(audio_config, "encoder_config", audio_config)
-    if getattr(audio_config, "add_adapter", False):
-        return audio_config.output_hidden_size
-    return audio_config.hidden_size
+    return getattr(audio_config, "encoder_config", audio_config).hidden_size
 
 
 def encode_audio(
@@ -73,22 +76,27 @@ def encode_audio(
         layers: Indices of the layers to return beside the final output, negative ones count from the end.
 
     Raises:
-        ValueError: If a layer does not exist, the audio is longer than the encoder's positions, or the shapes of
-            features and mask disagree.
+        ValueError: If a layer does not exist or may be dropped, the audio is longer than the encoder's positions, or
+            the shapes of features and mask disagree.
     """
     time_axis = 2 if audio_tower.config.model_type == "whisper" else 1
+    expected = (input_features.shape[0], input_features.shape[time_axis])
     if input_features_mask is None:
-        input_features_mask = input_features.new_ones(
-            (input_features.shape[0], input_features.shape[time_axis]), dtype=torch.long
-        )
-    if input_features_mask.shape != (input_features.shape[0], input_features.shape[time_axis]):
+        input_features_mask = input_features.new_ones(expected, dtype=torch.long)
+    if input_features_mask.shape != expected:
         raise ValueError(
-            f"input_features_mask must have shape [batch, time] = {(input_features.shape[0], input_features.shape[time_axis])}"
-            f", got {tuple(input_features_mask.shape)}; take both from the same call of the processor."
+            f"input_features_mask must have shape [batch, time] = {expected}, got {tuple(input_features_mask.shape)}; "
+            "take both from the same call of the processor."
         )
     layer_modules = encoder_layers(audio_tower)
     wanted = {_layer_index(layer, len(layer_modules)) for layer in layers}
     final = len(layer_modules) - 1
+    layerdrop = getattr(audio_tower.config, "layerdrop", 0.0)
+    if audio_tower.training and layerdrop > 0.0 and wanted - {final}:
+        raise ValueError(
+            f"ctc_layers: layers below the last need an encoder that skips none in training, got layerdrop={layerdrop}"
+            "; build or load the encoder with layerdrop=0."
+        )
     family = _FAMILIES.get(audio_tower.config.model_type, _encode_generic)
     with _captured(layer_modules, wanted - {final}) as captured:
         encoder_out, lens = family(audio_tower, input_features, input_features_mask.to(input_features.device))
@@ -156,12 +164,21 @@ def _conv_lens(lens: torch.Tensor, kernel: int, stride: int) -> torch.Tensor:
     return torch.div(lens - kernel, stride, rounding_mode="floor") + 1
 
 
+def _min_samples(convolutions: list[nn.Conv1d]) -> int:
+    """The shortest input of a stack of convolutions that gives one frame."""
+    samples = 1
+    for conv in reversed(convolutions):
+        samples = (samples - 1) * conv.stride[0] + conv.kernel_size[0]
+    return samples
+
+
 def _encode_moonshine(
     encoder: PreTrainedModel, waveform: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    lens = mask.sum(-1).clamp(min=MOONSHINE_MIN_SAMPLES)
+    min_samples = _min_samples([encoder.conv1, encoder.conv2, encoder.conv3])
+    lens = mask.sum(-1).clamp(min=min_samples)
     waveform = waveform * mask.to(waveform.dtype)
-    waveform = nn.functional.pad(waveform, (0, max(0, MOONSHINE_MIN_SAMPLES - waveform.shape[1])))
+    waveform = nn.functional.pad(waveform, (0, max(0, min_samples - waveform.shape[1])))
     x = torch.tanh(encoder.conv1(waveform[:, None]))  # B, 1, S -> B, D, S//64
     lens = _conv_lens(lens, 127, 64)
     x = masked_group_norm(encoder.groupnorm, x, lens)
@@ -187,8 +204,8 @@ def _encode_whisper(
     limit = encoder.config.max_source_positions * encoder.conv2.stride[0]
     if longest > limit:
         raise ValueError(
-            f"input_features: Whisper's encoder has positions for {limit} mel frames ({limit // 100} s), got {longest}; "
-            "segment the audio first."
+            f"input_features: Whisper's encoder has positions for {limit} mel frames ({limit // 100} s), got {longest}"
+            "; segment the audio first."
         )
     mel = mel[:, :, :longest]
     mel = mel * mask[:, None, :longest].to(mel.dtype)
@@ -210,8 +227,10 @@ def _encode_wav2vec2(
     model: PreTrainedModel, waveform: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Wav2Vec2, HuBERT, WavLM: as their `forward`, with a group norm that does not see the padding."""
-    lens = mask.sum(-1)
-    x = waveform[:, None]
+    min_samples = _min_samples([layer.conv for layer in model.feature_extractor.conv_layers])
+    lens = mask.sum(-1).clamp(min=min_samples)
+    waveform = waveform * mask.to(waveform.dtype)
+    x = nn.functional.pad(waveform, (0, max(0, min_samples - waveform.shape[1])))[:, None]
     for layer in model.feature_extractor.conv_layers:
         norm = getattr(layer, "layer_norm", None)
         x = layer.conv(x)
@@ -225,18 +244,16 @@ def _encode_wav2vec2(
     x = x[0] if isinstance(x, tuple) else x
     frame_mask = lens_to_mask(lens, x.shape[1])
     x = model._mask_hidden_states(x, attention_mask=frame_mask)
-    x = model.encoder(x, attention_mask=frame_mask).last_hidden_state
-    if getattr(model, "adapter", None) is not None:
-        x = model.adapter(x)
-        lens = model._get_feat_extract_output_lengths(mask.sum(-1), add_adapter=True)
-    return x, lens
+    return model.encoder(x, attention_mask=frame_mask).last_hidden_state, lens
 
 
 def _encode_generic(
     model: PreTrainedModel, input_features: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encoders that honour their attention mask: Wav2Vec2-BERT, Parakeet/FastConformer, and others of that kind."""
-    encoder_out = model(**{model.main_input_name: input_features}, attention_mask=mask).last_hidden_state
+    # Not every encoder masks its input: some count on zeros in the padding.
+    valid = mask.view(mask.shape + (1,) * (input_features.dim() - 2)).to(input_features.dtype)
+    encoder_out = model(**{model.main_input_name: input_features * valid}, attention_mask=mask).last_hidden_state
     lens = mask.sum(-1)
     if hasattr(model, "_get_subsampling_output_length"):
         lens = model._get_subsampling_output_length(lens)

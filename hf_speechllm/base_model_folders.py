@@ -30,6 +30,7 @@ SAMPLE_RATE = 16_000
 MOONSHINE_MAX_TOKENS = 194  # the positions that moonshine-tiny's decoder was trained on
 WHISPER_MAX_TOKENS = 448
 WHISPER_NUM_TIMESTAMPS = 1501
+WHISPER_MULTILINGUAL_VOCAB_SIZE = 51_865  # openai/whisper tells the two kinds apart by this, too
 
 
 def _load_exactly(model: PreTrainedModel, state_dict: dict[str, torch.Tensor]) -> None:
@@ -149,50 +150,43 @@ def _whisper_generation_config(
         config.task_to_id = {
             task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")
         }
+        # When a call names no language, transformers detects it, but then it adds no task token by itself, and a prompt
+        # without one makes the model repeat itself.
+        config.task = "transcribe"
     return config
 
 
-def _write_whisper(members: Path, folder: Path, multilingual: bool) -> None:
-    specification, variables = read_ctranslate2(members / "model.bin")
+def write_whisper(members: Path, folder: Path) -> None:
+    """Write WhisperForConditionalGeneration (float32), English-only or multilingual, with its processor.
+
+    members: holds CTranslate2's config.json, the tokenizer.json beside it, and model.bin, whole or in pieces
+    model.bin.part1, model.bin.part2, ...
+    """
+    whole = members / "model.bin"
+    if not whole.exists():
+        parts = sorted(members.glob("model.bin.part*"), key=lambda path: int(path.suffix.removeprefix(".part")))
+        with whole.open("wb") as file:
+            for part in parts:
+                file.write(part.read_bytes())
+    specification, variables = read_ctranslate2(whole)
     if specification != "WhisperSpec":
-        raise ValueError(f"{members / 'model.bin'}: expected the specification 'WhisperSpec', got {specification!r}")
-    tokenizer = _whisper_tokenizer(members / "tokenizer.json", variables["decoder/embeddings/weight"].shape[0])
+        raise ValueError(f"{whole}: expected the specification 'WhisperSpec', got {specification!r}")
+    vocab_size = variables["decoder/embeddings/weight"].shape[0]
+    tokenizer = _whisper_tokenizer(members / "tokenizer.json", vocab_size)
     token_ids = {
         "bos_token_id": tokenizer.bos_token_id,
         "decoder_start_token_id": tokenizer.convert_tokens_to_ids("<|startoftranscript|>"),
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = whisper_config(variables, **token_ids)
+    settings = json.loads((members / "config.json").read_text(encoding="utf-8"))
+    config = whisper_config(variables, **token_ids, begin_suppress_tokens=settings["suppress_ids_begin"])
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
     _load_exactly(model, whisper_state_dict(variables))
-    settings = json.loads((members / "config.json").read_text(encoding="utf-8"))
+    multilingual = vocab_size >= WHISPER_MULTILINGUAL_VOCAB_SIZE
     model.generation_config = _whisper_generation_config(tokenizer, token_ids, settings, multilingual)
     model.save_pretrained(folder)
     feature_extractor = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
     WhisperProcessor(feature_extractor, tokenizer).save_pretrained(folder)
     feature_extractor.save_pretrained(folder)
-
-
-def write_whisper_english(members: Path, folder: Path) -> None:
-    """Write WhisperForConditionalGeneration (float32) of an English-only model, with its processor.
-
-    members: holds CTranslate2's model.bin and config.json, and the tokenizer.json beside them.
-    """
-    _write_whisper(members, folder, multilingual=False)
-
-
-def write_whisper_multilingual(members: Path, folder: Path) -> None:
-    """Write WhisperForConditionalGeneration (float32) of a multilingual model; members: as for the English one."""
-    _write_whisper(members, folder, multilingual=True)
-
-
-def write_whisper_multilingual_from_parts(members: Path, folder: Path) -> None:
-    """As `write_whisper_multilingual`, with model.bin in pieces model.bin.part1, model.bin.part2, ..."""
-    parts = sorted(members.glob("model.bin.part*"), key=lambda path: int(path.suffix.removeprefix(".part")))
-    with (members / "model.bin").open("wb") as whole:
-        for part in parts:
-            whole.write(part.read_bytes())
-            part.unlink()
-    write_whisper_multilingual(members, folder)

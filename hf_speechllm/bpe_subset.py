@@ -62,11 +62,14 @@ def restrict_merges(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) ->
     id_to_token = {index: token for token, index in backend["model"]["vocab"].items()}
     allowed = {id_to_token[index] for index in token_ids}
     backend["model"]["merges"] = [
-        merge for merge in backend["model"]["merges"] if "".join(merge.split(" ") if isinstance(merge, str) else merge) in allowed
+        merge
+        for merge in backend["model"]["merges"]
+        if "".join(merge.split(" ") if isinstance(merge, str) else merge) in allowed
     ]
     restricted = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(backend)),
         model_max_length=tokenizer.model_max_length,
+        extra_special_tokens=tokenizer.extra_special_tokens,
         **{name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)},
     )
     restricted.chat_template = tokenizer.chat_template

@@ -82,7 +82,7 @@ def _count_layers(variables: dict[str, np.ndarray], side: str) -> int:
 
 
 def whisper_config(variables: dict[str, np.ndarray], **token_ids: Any) -> WhisperConfig:
-    """Return the WhisperConfig that the variables' shapes describe; token_ids: the ids that the tokenizer knows."""
+    """Return the WhisperConfig that the variables' shapes describe; token_ids: its fields that hold ids of tokens."""
     vocab_size, width = variables["decoder/embeddings/weight"].shape
     return WhisperConfig(
         vocab_size=vocab_size,

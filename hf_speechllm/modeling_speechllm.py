@@ -123,6 +123,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         self.multi_modal_projector = PROJECTOR_CLASSES[config.projector](config)
         self.ctc_head = CTCHead(config) if config.ctc_vocab_size is not None else None
         self._num_audio_layers = len(encoder_layers(self.audio_tower))
+        # What transformers takes for derived from the config loses our own entries, such as `ctc_weight`, in a reload.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     @classmethod

@@ -89,7 +89,10 @@ class _Table:
 
     def _text_at(self, position: int) -> str:
         start = self._follow(position)
-        return self.buffer[start + 4 : start + 4 + self._read("<I", start)].decode("utf-8")
+        size = self._read("<I", start)
+        if start + 4 + size > len(self.buffer):  # a slice would come back shorter without a word
+            raise struct.error(f"a string of {size} bytes at byte {start} runs over the end of the file")
+        return self.buffer[start + 4 : start + 4 + size].decode("utf-8")
 
     def text(self, slot: int) -> str:
         position = self._field(slot)

@@ -14,6 +14,8 @@ from .audio import load_audio, prepare_waveform
 from .processing_speechllm import SpeechLLMProcessor
 from .segmentation import split_at_pauses
 
+MIN_CHUNK_LENGTH_S = 0.2  # what `split_at_pauses` can do
+
 
 class SpeechLLMPipeline(AutomaticSpeechRecognitionPipeline):
     """
@@ -61,8 +63,8 @@ class SpeechLLMPipeline(AutomaticSpeechRecognitionPipeline):
             raise ValueError(
                 f"return_timestamps must be True (times of the pieces) or False, got {return_timestamps!r}."
             )
-        if chunk_length_s is not None and chunk_length_s <= 0:
-            raise ValueError(f"chunk_length_s must be a positive number of seconds, got {chunk_length_s}.")
+        if chunk_length_s is not None and not chunk_length_s >= MIN_CHUNK_LENGTH_S:
+            raise ValueError(f"chunk_length_s must be at least {MIN_CHUNK_LENGTH_S} seconds, got {chunk_length_s}.")
         if kwargs.pop("stride_length_s", None) is not None:
             raise ValueError("stride_length_s is not used: pieces are cut at pauses and do not overlap; leave it out.")
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -123,7 +125,8 @@ class SpeechLLMPipeline(AutomaticSpeechRecognitionPipeline):
             for name, value in output.items():
                 if name not in ("tokens", "is_last", "segment_s"):
                     extra[name].append(value)
-        return {**result, **extra}
+        # An entry of the input called "text" (the reference, in data sets) must not replace what was recognised.
+        return {**extra, **result}
 
 
 __all__ = ["SpeechLLMPipeline"]

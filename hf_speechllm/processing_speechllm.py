@@ -13,6 +13,8 @@ IGNORE_INDEX = -100
 # Whisper's spectrogram reflects the signal at its end; with this much silence behind it every valid frame is the same
 # whether the clip is padded to 30 s, to the longest of a batch, or not at all.
 WHISPER_TAIL_SAMPLES = 400
+# Shorter audio is padded with silence: extractors that normalise over time need two frames.
+MIN_DURATION_S = 0.05
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -39,7 +41,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if AUDIO_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"additional_special_tokens": [AUDIO_TOKEN]})
+            tokenizer.add_special_tokens({"extra_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
         self.prompt_before, self.prompt_after = prompt_before, prompt_after
         super().__init__(feature_extractor, tokenizer, **kwargs)
 
@@ -84,7 +86,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Audio to `input_features` and `input_features_mask`, transcripts to `labels`.
 
         Args:
-            audio: Mono waveform(s) `[samples]` at `sampling_rate`, padded on the right to the longest.
+            audio: Mono waveform(s) `[samples]` at `sampling_rate`, padded on the right to the longest and to 0.05 s.
             text: Transcript(s); `labels` `[B, N]` are their tokens and the end of sequence, padded with -100.
             sampling_rate: Of `audio`, in Hz; checked against the feature extractor's.
             padding: `"longest"`, or `"max_length"`: Whisper's features are padded to 30 s, others as with `"longest"`.
@@ -121,6 +123,8 @@ class SpeechLLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"audio: each must be a non-empty mono waveform [samples], got shape {waveform.shape} at index {index}."
                 )
+        min_samples = round(MIN_DURATION_S * self.sampling_rate)
+        waveforms = [np.pad(waveform, (0, max(0, min_samples - waveform.size))) for waveform in waveforms]
         extractor = self.feature_extractor
         if type(extractor).__name__ != "WhisperFeatureExtractor":
             features = extractor(
@@ -131,12 +135,14 @@ class SpeechLLMProcessor(ProcessorMixin):
                 return_tensors="pt",
             )
             name = "input_values" if "input_values" in features else "input_features"
-            return {"input_features": features[name], "input_features_mask": features["attention_mask"]}
+            return {"input_features": features[name], "input_features_mask": features["attention_mask"].long()}
         padded = [np.pad(waveform, (0, WHISPER_TAIL_SAMPLES)) for waveform in waveforms]
         features = extractor(
             padded, sampling_rate=self.sampling_rate, padding=padding, truncation=False, return_tensors="pt"
         )["input_features"]
         lens = torch.tensor([-(-len(waveform) // extractor.hop_length) for waveform in waveforms])
+        # A clip of just 30 s would be longer than all others by its silence.
+        features = features[..., : max(extractor.nb_max_frames, int(lens.max()))]
         mask = (torch.arange(features.shape[-1])[None] < lens[:, None]).long()
         return {"input_features": features, "input_features_mask": mask}
 
@@ -163,13 +169,13 @@ class SpeechLLMProcessor(ProcessorMixin):
         batch_size = inputs["input_features"].shape[0]
         prompts = [prompt] * batch_size if prompt is None or isinstance(prompt, str) else list(prompt)
         if len(prompts) != batch_size:
-            raise ValueError(f"prompt: one text or one for each of the {batch_size} audios is expected, got {len(prompts)}.")
+            raise ValueError(
+                f"prompt: one text or one for each of the {batch_size} audios is expected, got {len(prompts)}."
+            )
         texts = [
             f"{self.prompt_before}{AUDIO_TOKEN}{self.prompt_after if after is None else after}" for after in prompts
         ]
-        tokens = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        )
+        tokens = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
         inputs.update({name: tokens[name] for name in ("input_ids", "attention_mask")})
         return inputs
 

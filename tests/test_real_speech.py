@@ -34,6 +34,16 @@ def test_librivox_transcription(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg decodes the recordings")
+def test_write_manifest_cuts_clips(tmp_path):
+    audio = tmp_path / "clip.wav"
+    soundfile.write(audio, np.repeat(np.float32([0.0, 0.5, 0.0]), 16000), 16000)
+    (record,) = write(iter([Recording(audio, "middle", "here", "CC0", clip_s=(1.0, 2.0))]), tmp_path, "set")
+    waveform, _ = soundfile.read(tmp_path / record["audio_filepath"])
+    assert len(waveform) == 16000
+    assert waveform.min() > 0.4
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg decodes the recordings")
 def test_write_manifest_resamples(tmp_path):
     audio = tmp_path / "clip.wav"
     soundfile.write(audio, np.zeros((4410, 2), np.float32), 44100)

