@@ -12,11 +12,13 @@ parts holds just these:
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from .base_models import base_model
 from .bpe_subset import restrict_merges
@@ -34,28 +36,47 @@ def resolve_model(name: str) -> str:
     return base_model(name.removeprefix("base:")) if name.startswith("base:") else name
 
 
-def merge_lora(state: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], scaling: float) -> None:
+def merge_lora(
+    state: dict[str, torch.Tensor],
+    trained: dict[str, torch.Tensor],
+    scaling: float,
+    transposed: Collection[str] = (),
+) -> None:
     """Replace, in `state`, what was trained: `W + scaling * B A` for LoRA, the weight itself otherwise.
 
+    Args:
+        state: Weights of the model by name, `[out, in]`.
+        trained: Trained weights by name; those below a LoRA may be called `...base_layer.weight`.
+        scaling: Of the LoRA.
+        transposed: Weights that are `[in, out]` (GPT-2's).
+
     Raises:
-        ValueError: If a trained weight has no place in `state`, or LoRA has one of its two matrices only.
+        ValueError: If a trained weight has no place in `state` or another shape, or LoRA has one of its two matrices
+            only.
     """
-    for name, value in trained.items():
-        if name.endswith(_LORA_B):
-            continue
-        target = name.removesuffix(_LORA_A) + ".weight" if name.endswith(_LORA_A) else name
+    # A weight comes before the LoRA that is added to it.
+    for name in sorted(trained, key=lambda name: (name.endswith((_LORA_A, _LORA_B)), name)):
+        layer = name.removesuffix(_LORA_A).removesuffix(_LORA_B)
+        target = (name if layer == name else f"{layer}.weight").replace(".base_layer.", ".")
         if target not in state:
-            raise ValueError(f"{TRAINED_WEIGHTS_NAME}: {name!r} has no place in this model; is the recipe of another one?")
-        value = value.float()
-        if name.endswith(_LORA_A):
-            partner = name.removesuffix(_LORA_A) + _LORA_B
+            raise ValueError(
+                f"{TRAINED_WEIGHTS_NAME}: {name!r} has no place in this model; is the recipe of another one?"
+            )
+        value = trained[name].float()
+        if layer != name:
+            partner = layer + (_LORA_B if name.endswith(_LORA_A) else _LORA_A)
             if partner not in trained:
                 raise ValueError(f"{TRAINED_WEIGHTS_NAME}: {partner!r} is missing beside {name!r}.")
-            value = state[target].float() + scaling * (trained[partner].float() @ value)
+            if name.endswith(_LORA_B):
+                continue
+            value = scaling * (trained[partner].float() @ value)
+            value = value.T if target in transposed else value
         if value.shape != state[target].shape:
             raise ValueError(
-                f"{TRAINED_WEIGHTS_NAME}: {name!r} has shape {tuple(value.shape)}, the model {tuple(state[target].shape)}."
+                f"{TRAINED_WEIGHTS_NAME}: {name!r} is for a weight of shape {tuple(value.shape)}, the model's has "
+                f"{tuple(state[target].shape)}."
             )
+        value = value if layer == name else state[target].float() + value
         state[target] = value.to(state[target].dtype)
 
 
@@ -72,7 +93,8 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
     }
     model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(audio_model, language_model, **overrides)
     state = model.state_dict()
-    merge_lora(state, load_file(folder / TRAINED_WEIGHTS_NAME), recipe["lora_scaling"])
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    merge_lora(state, load_file(folder / TRAINED_WEIGHTS_NAME), recipe["lora_scaling"], transposed)
     model.load_state_dict(state)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(language_model)

@@ -118,7 +118,7 @@ class SpeechLLMConfig(PreTrainedConfig):
         if self.downsampling < 1:
             raise ValueError(f"downsampling must be a positive number of encoder frames, got {self.downsampling}.")
         if not self.ctc_layers:
-            raise ValueError("ctc_layers must name at least one encoder layer, got an empty list; use [-1] for the last.")
+            raise ValueError("ctc_layers must name at least one encoder layer, got an empty list; [-1] is the last.")
         if self.ctc_token_ids is not None and self.ctc_labels is not None:
             raise ValueError("ctc_token_ids and ctc_labels exclude each other: CTC labels are LLM tokens or their own.")
         for name in ("ctc_token_ids", "ctc_labels"):
@@ -137,7 +137,7 @@ class SpeechLLMConfig(PreTrainedConfig):
             )
         if self.ctc_blank_threshold is not None:
             if self.ctc_vocab_size is None:
-                raise ValueError("ctc_blank_threshold needs a CTC head: set ctc_token_ids, ctc_labels or ctc_vocab_size.")
+                raise ValueError("ctc_blank_threshold needs a CTC head: set ctc_token_ids or ctc_labels.")
             if not 0.0 < self.ctc_blank_threshold < 1.0:
                 raise ValueError(f"ctc_blank_threshold must lie between 0 and 1, got {self.ctc_blank_threshold}.")
 

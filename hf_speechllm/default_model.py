@@ -51,8 +51,8 @@ def _parts_digest() -> str:
         path = TRAINED_PARTS / name
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: expected as part of the installed package, got no such file; install hf-speechllm again, or pass "
-                "another model."
+                f"{path}: expected as part of the installed package, got no such file; install hf-speechllm again, "
+                "or pass another model."
             )
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .audio_encoders import lens_to_mask
@@ -49,29 +49,35 @@ class SpeechLLMGenerationMixin(GenerationMixin):
                 how transformers' own pipeline passes it.
             input_ids: `[B, P]` prompt with one audio placeholder in each row. `None`: the prompt of the config.
             input_features_mask: `[B, S]`, 1 on valid steps.
-            generation_config: Replaces the model's own.
+            generation_config: Goes before the model's own, which fills in what this one leaves at `None`.
             logits_processor: Further processors, applied after the joint CTC score.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
             kwargs: Any option of transformers' `generate`, `ctc_weight` and `mode`.
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
-            these are given. With `return_dict_in_generate=True` the output of the language model's `generate`.
+            these are given. With `return_dict_in_generate=True` and the mode `"llm"` the output of the language model's
+            `generate`.
 
         Raises:
             ValueError: If an option is out of range, or needs a CTC head with labels that are LLM tokens.
         """
         if input_features is None:
             raise ValueError("input_features is required: pass the output of the processor for the audio.")
-        if input_features_mask is None and input_ids is None:
-            input_features_mask, attention_mask = attention_mask, None
+        if input_ids is None:
+            input_features_mask = attention_mask if input_features_mask is None else input_features_mask
+            attention_mask = None
         generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        options = {name: _pop_option(name, kwargs, generation_config, self.generation_config) for name in _DEFAULTS}
+        # As in transformers: what the given config leaves open (end of sequence, ctc_weight, ...) is the model's.
+        own = self.generation_config.to_dict()
+        generation_config.update(**own, defaults_only=True, allow_custom_entries=True)
+        options = {name: _pop_option(name, kwargs, generation_config) for name in _DEFAULTS}
         self._check_options(**options)
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
         if options["mode"] == "ctc_greedy":
             audio = self.encode(input_features, input_features_mask)
-            return self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)
+            sequences = self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)
+            return _after_prompt(input_ids, sequences)
 
         audio = self.get_audio_features(input_features, input_features_mask)
         inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
@@ -79,6 +85,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         if options["ctc_weight"] > 0.0:
             processors.append(self._ctc_processor(audio, options["ctc_weight"], generation_config.eos_token_id))
         processors.extend(logits_processor or [])
+        if "past_key_values" not in kwargs:
+            kwargs["past_key_values"] = self._prefill_once(inputs_embeds, mask, generation_config)
         output = self.language_model.generate(
             inputs_embeds=inputs_embeds,
             attention_mask=mask,
@@ -86,15 +94,35 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             logits_processor=processors,
             **kwargs,
         )
-        if input_ids is None:
-            return output
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        prompt = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], 0).to(sequences.device)
-        sequences = torch.cat([prompt, sequences], dim=1)
         if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
+            return _after_prompt(input_ids, output)
+        output.sequences = _after_prompt(input_ids, output.sequences)
         return output
+
+    def _prefill_once(
+        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, generation_config: GenerationConfig
+    ) -> Cache | None:
+        """The cache of all input positions `[B, P]` but the last, computed once and repeated for every beam.
+
+        transformers would run audio and prompt through the language model once per beam. `None` where there is one
+        beam, or another kind of cache than the dynamic one is asked for.
+        """
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        uses_dynamic_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if copies == 1 or inputs_embeds.shape[1] < 2 or not uses_dynamic_cache:
+            return None
+        cache = DynamicCache(config=self.language_model.config)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        self.language_model(
+            inputs_embeds=inputs_embeds[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=position_ids[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache.batch_repeat_interleave(copies)
+        return cache
 
     def _check_options(self, ctc_weight: float, mode: str) -> None:
         if mode not in MODES:
@@ -136,16 +164,25 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         eos = generation_config.eos_token_id
         pad = generation_config.pad_token_id
         pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
+        if pad is None:
+            raise ValueError(
+                "pad_token_id or eos_token_id is required to pad the results; set it in generation_config."
+            )
         rows = [token_ids[labels[kept]] for labels, kept in zip(path, keep, strict=True)]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
 
-def _pop_option(name: str, kwargs: dict[str, Any], given: GenerationConfig, own: GenerationConfig) -> Any:
-    """An option of ours: of the call, else of the given generation config, else of the model's, else the default."""
-    if kwargs.get(name) is not None:
-        return kwargs.pop(name)
-    kwargs.pop(name, None)
-    for config in (given, own):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
+def _pop_option(name: str, kwargs: dict[str, Any], generation_config: GenerationConfig) -> Any:
+    """An option of ours: of the call, else of the generation config, else the default."""
+    for value in (kwargs.pop(name, None), getattr(generation_config, name, None)):
+        if value is not None:
+            return value
     return _DEFAULTS[name]
+
+
+def _after_prompt(input_ids: torch.Tensor | None, sequences: torch.Tensor) -> torch.Tensor:
+    """Prompts `[B, P]`, if any, and what was generated `[B*K, N]` to `[B*K, P+N]`."""
+    if input_ids is None:
+        return sequences
+    prompt = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], 0).to(sequences.device)
+    return torch.cat([prompt, sequences], dim=1)

@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .audio_encoders import build_audio_tower, encode_audio, encoder_layers, extract_audio_tower, lens_to_mask
 from .configuration_speechllm import SpeechLLMConfig
 from .generation_speechllm import SpeechLLMGenerationMixin
+from .processing_speechllm import AUDIO_TOKEN
 from .projectors import PROJECTOR_CLASSES, CTCHead, CTCPosteriorProjector, drop_blank_positions
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class SpeechLLMOutput(ModelOutput):
 
 
 class SpeechLLMPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of speech LLMs: their features and how their weights are initialised."""
+
     config_class = SpeechLLMConfig
     base_model_prefix = ""
     main_input_name = "input_features"
@@ -141,7 +144,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         Args:
             audio_model: Acoustic encoder, or a model that has one: Hub id, folder, or model.
             language_model: Causal language model: Hub id, folder, or model.
-            tokenizer: Tokeniser of the prompt texts; by default that of `language_model`, if it is an id or a folder.
+            tokenizer: Tokeniser of the prompt texts and the audio placeholder; by default that of `language_model`, if
+                it is an id or a folder.
             dtype: Type of the weights; by default float32.
             config_overrides: Values of [`SpeechLLMConfig`], such as `projector=`, `downsampling=`, `ctc_token_ids=`.
 
@@ -154,17 +158,20 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             audio_model = AutoModel.from_pretrained(audio_model, dtype=dtype)
         if isinstance(language_model, str):
             language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-        prompts = [name for name in ("prompt_before", "prompt_after") if config_overrides.get(name)]
-        if any(f"{name}_ids" not in config_overrides for name in prompts) and tokenizer is None:
-            if not isinstance(source, str):
-                raise ValueError(
-                    f"tokenizer: {prompts[0]} is a text and language_model a model without tokeniser; pass tokenizer=, "
-                    f"or the tokens as {prompts[0]}_ids=."
-                )
+        prompts = ("prompt_before", "prompt_after")
+        texts = [name for name in prompts if config_overrides.get(name) and f"{name}_ids" not in config_overrides]
+        if tokenizer is None and isinstance(source, str) and (texts or "audio_token_id" not in config_overrides):
             tokenizer = AutoTokenizer.from_pretrained(source)
-        for name in prompts:
-            ids = tokenizer(config_overrides[name], add_special_tokens=False).input_ids if tokenizer else None
-            config_overrides.setdefault(f"{name}_ids", ids)
+        if texts and tokenizer is None:
+            raise ValueError(
+                f"tokenizer: {texts[0]} is a text and language_model a model without tokeniser; pass tokenizer=, "
+                f"or the tokens as {texts[0]}_ids=."
+            )
+        for name in texts:
+            config_overrides[f"{name}_ids"] = tokenizer(config_overrides[name], add_special_tokens=False).input_ids
+        if tokenizer is not None:
+            # The embeddings may be more than the tokens (Qwen): the processor's placeholder follows the tokens.
+            config_overrides.setdefault("audio_token_id", tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer)))
         audio_tower = extract_audio_tower(audio_model)
         text_config = language_model.config.get_text_config()
         # A composite config resets the attention implementation of its parts unless it is told.
@@ -272,9 +279,10 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             attention_mask = torch.ones_like(input_ids)
         placeholder = (input_ids == self.config.audio_token_id) & attention_mask.bool()
         if input_ids.shape[0] != batch_size or not (placeholder.sum(1) == 1).all():
+            counts = placeholder.sum(1).tolist()
             raise ValueError(
                 f"input_ids must have one row per utterance ({batch_size}) and one audio placeholder (token "
-                f"{self.config.audio_token_id}) in each; got {input_ids.shape[0]} rows with {placeholder.sum(1).tolist()} "
+                f"{self.config.audio_token_id}) in each; got {input_ids.shape[0]} rows with {counts} "
                 "placeholders. Build them with processor.apply_transcription_request."
             )
         # The placeholder's id may lie beyond the vocabulary.
@@ -331,30 +339,38 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             raise ValueError("input_features is required: pass the output of the processor for the audio.")
         only_ctc = labels is not None and self.config.ce_loss_weight == 0.0
         audio = (self.encode if only_ctc else self.get_audio_features)(input_features, input_features_mask)
-        output = SpeechLLMOutput(audio=audio)
         if labels is not None and num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
+        lm_output = SpeechLLMOutput()
         if not only_ctc:
-            self._run_language_model(output, input_ids, attention_mask, labels, num_items_in_batch, kwargs)
+            lm_output = self._run_language_model(audio, input_ids, attention_mask, labels, num_items_in_batch, kwargs)
+        loss = ctc_loss = None
         if labels is not None and self.ctc_head is not None and self.config.ctc_loss_weight > 0.0:
             targets = ctc_targets if ctc_targets is not None else self._ctc_targets(labels)
-            output.ctc_loss = self._ctc_loss(audio, targets) / num_items_in_batch
+            ctc_loss = self._ctc_loss(audio, targets) / num_items_in_batch
         if labels is not None:
-            ce = self.config.ce_loss_weight * output.ce_loss if output.ce_loss is not None else 0.0
-            ctc = self.config.ctc_loss_weight * output.ctc_loss if output.ctc_loss is not None else 0.0
-            output.loss = ce + ctc
-        return output
+            ce = 0.0 if only_ctc else self.config.ce_loss_weight * lm_output.ce_loss
+            loss = ce + (0.0 if ctc_loss is None else self.config.ctc_loss_weight * ctc_loss)
+        return SpeechLLMOutput(
+            loss=loss,
+            ce_loss=lm_output.ce_loss,
+            ctc_loss=ctc_loss,
+            logits=lm_output.logits,
+            past_key_values=lm_output.past_key_values,
+            audio=audio,
+        )
 
     def _run_language_model(
         self,
-        output: SpeechLLMOutput,
+        audio: SpeechLLMAudioOutput,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         kwargs: dict[str, Any],
-    ) -> None:
-        inputs_embeds, mask = self.merge_inputs(output.audio, input_ids, attention_mask)
+    ) -> SpeechLLMOutput:
+        """The language model on prompt, audio and labels: cross-entropy (with labels), logits and cache."""
+        inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
         if labels is not None:
             labels = labels.to(inputs_embeds.device)
             # Padding of the labels moves to the left too, so that the last N logits of a row predict its labels.
@@ -364,13 +380,15 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         lm_output = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, **kwargs
         )
-        output.logits, output.past_key_values = lm_output.logits, lm_output.past_key_values
-        if labels is not None:
-            output.logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
-            ce_sum = nn.functional.cross_entropy(
-                output.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
-            output.ce_loss = ce_sum / num_items_in_batch
+        if labels is None:
+            return SpeechLLMOutput(logits=lm_output.logits, past_key_values=lm_output.past_key_values)
+        logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
+        ce_sum = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        return SpeechLLMOutput(
+            ce_loss=ce_sum / num_items_in_batch, logits=logits, past_key_values=lm_output.past_key_values
+        )
 
     def _append_labels(
         self, inputs_embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
@@ -398,7 +416,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         table[token_ids] = torch.arange(len(token_ids), device=labels.device)
         targets = torch.where(labels >= 0, table[labels.clamp(min=0)], IGNORE_INDEX)
         eos = self.generation_config.eos_token_id
-        special = torch.tensor(eos if isinstance(eos, list) else [eos], device=labels.device)
+        special = labels.new_tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos])
         unknown = (labels >= 0) & (targets == IGNORE_INDEX) & ~torch.isin(labels, special)
         if unknown.any():
             raise ValueError(

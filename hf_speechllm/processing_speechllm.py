@@ -113,15 +113,16 @@ class SpeechLLMProcessor(ProcessorMixin):
     ) -> dict[str, torch.Tensor]:
         if sampling_rate is not None and sampling_rate != self.sampling_rate:
             raise ValueError(
-                f"sampling_rate must be {self.sampling_rate} Hz for this model, got {sampling_rate}; resample the audio "
-                "(hf_speechllm.audio.prepare_waveform does)."
+                f"sampling_rate must be {self.sampling_rate} Hz for this model, got {sampling_rate}; "
+                "resample the audio (hf_speechllm.audio.prepare_waveform does)."
             )
         waveforms = [audio] if isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 1 else list(audio)
         waveforms = [np.asarray(waveform, dtype=np.float32) for waveform in waveforms]
         for index, waveform in enumerate(waveforms):
             if waveform.ndim != 1 or waveform.size == 0:
                 raise ValueError(
-                    f"audio: each must be a non-empty mono waveform [samples], got shape {waveform.shape} at index {index}."
+                    f"audio: each must be a non-empty mono waveform [samples], got shape {waveform.shape} at index "
+                    f"{index}."
                 )
         min_samples = round(MIN_DURATION_S * self.sampling_rate)
         waveforms = [np.pad(waveform, (0, max(0, min_samples - waveform.size))) for waveform in waveforms]

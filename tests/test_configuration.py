@@ -120,7 +120,7 @@ def test_blank_id_without_ctc_head_is_an_error():
         ({"projector": "qformer"}, r"projector must be one of \('stack', .*\), got 'qformer'"),
         ({"interface": "telepathy"}, r"interface must be one of \('prefix',.*\), got 'telepathy'"),
         ({"downsampling": 0}, "downsampling must be a positive number of encoder frames, got 0"),
-        ({"ctc_layers": []}, r"ctc_layers must name at least one encoder layer, got an empty list; use \[-1\]"),
+        ({"ctc_layers": []}, r"ctc_layers must name at least one encoder layer, got an empty list; \[-1\] is the last"),
         ({"ctc_labels": ["a"]}, "ctc_token_ids and ctc_labels exclude each other"),
         ({"ctc_token_ids": [3, 4], "ctc_vocab_size": 3}, "ctc_token_ids must have ctc_vocab_size = 3 entries, got 2"),
         (

@@ -1,4 +1,4 @@
-"""`pipeline("automatic-speech-recognition")`: every kind of input, long audio, decoding options, other people's models."""
+"""`pipeline("automatic-speech-recognition")`: every kind of input, long audio, options, other people's models."""
 
 import io
 import json
@@ -332,8 +332,9 @@ def test_other_models_get_transformers_own_pipeline_and_the_same_text(name, tmp_
     stock = AutomaticSpeechRecognitionPipeline(**parts)
     handed_through = pipeline(TASK, **parts)
     assert type(handed_through) is AutomaticSpeechRecognitionPipeline
-    assert handed_through.type == stock.type == {"whisper": "seq2seq_whisper", "wav2vec2_ctc": "ctc"}.get(name, "seq2seq")
-    options = {} if name == "wav2vec2_ctc" else {"generate_kwargs": {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": 1}}
+    kind = {"whisper": "seq2seq_whisper", "moonshine": "seq2seq", "wav2vec2_ctc": "ctc"}[name]
+    assert handed_through.type == stock.type == kind
+    options = {"generate_kwargs": {"max_new_tokens": 12, "min_new_tokens": 12, "num_beams": 1}} if kind != "ctc" else {}
     expected = [stock(clip.copy(), **options) for clip in CLIPS[:2]]
     assert expected[0]["text"]
     assert [handed_through(clip.copy(), **options) for clip in CLIPS[:2]] == expected

@@ -208,3 +208,13 @@ def lively(model, factor: float = 4.0):
             if parameter.ndim > 1:
                 parameter.mul_(factor)
     return model
+
+
+def loud_model(audio: str = "moonshine", text: str = "llama", seed: int = 0, **overrides):
+    """A tiny model whose matrices are larger than the usual initialisation, so that outputs differ clearly."""
+    model = tiny_model(audio, text, seed, **overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.requires_grad:
+                parameter.mul_(3.0)
+    return model

@@ -1,21 +1,25 @@
 """Options of a training run: a YAML file with differences from the defaults below, one section per dataclass.
 
-    model: {...}        what is built (ModelArguments)
-    tuning: {...}       which parts learn, and how fast (TuningArguments)
-    data: {...}         what it learns from (DataArguments)
-    training: {...}     transformers' Seq2SeqTrainingArguments
-    stages:             run one after the other, each starts from the weights of the one before
-      - name: ctc
-        tuning: {...}   differences from the sections above, for this stage
+model: {...}        what is built (ModelArguments)
+tuning: {...}       which parts learn, and how fast (TuningArguments)
+data: {...}         what it learns from (DataArguments)
+training: {...}     transformers' Seq2SeqTrainingArguments
+stages:             run one after the other, each starts from the weights of the one before
+  - name: ctc
+    tuning: {...}   differences from the sections above, for this stage
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
+
+from hf_speechllm.configuration_speechllm import SpeechLLMConfig
+from hf_speechllm.generation_speechllm import _DEFAULTS as OWN_OPTIONS
 
 
 @dataclass
@@ -123,15 +127,23 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
     Raises:
         ValueError: For an unknown key, naming it, or a value of the wrong form.
     """
-    run = yaml.safe_load(Path(config_path).read_text()) or {}
+    run = _read_yaml(Path(config_path).read_text()) or {}
     _reject_unknown(run, _TOP_LEVEL, str(config_path))
     common = {name: run.get(name) or {} for name in (*_SECTIONS, "training", "generation")}
+    raw_stages = run.get("stages") or [{"name": "main"}]
+    names = [raw.get("name") for raw in raw_stages]
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{config_path}: every stage needs a name of its own, got {names}.")
     stages = []
-    for raw in run.get("stages") or [{"name": "main"}]:
+    for raw in raw_stages:
         _reject_unknown(raw, {*common, "name"} - {"model"}, f"stage {raw.get('name')!r} of {config_path}")
         merged = {name: {**common[name], **(raw.get(name) or {})} for name in common}
         for override in overrides or []:
             _apply_override(merged, override)
+        _reject_unknown(
+            merged["model"].get("config") or {}, set(SpeechLLMConfig.__annotations__), "section 'model', config"
+        )
+        _reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OWN_OPTIONS}, "section 'generation'")
         parts = {name: _parse(cls, merged[name], name) for name, cls in _SECTIONS.items()}
         training = {"output_dir": str(Path(output_dir) / raw["name"]), **_TRAINING_DEFAULTS, **merged["training"]}
         stages.append(
@@ -155,6 +167,19 @@ _TRAINING_DEFAULTS = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats too: in YAML 1.1, `5e-4` without a point is a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
 def _reject_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(set(values) - known)
     if unknown:
@@ -173,4 +198,4 @@ def _apply_override(merged: dict[str, dict[str, Any]], override: str) -> None:
     section, _, key = path.partition(".")
     if not separator or section not in merged or not key:
         raise ValueError(f"override {override!r}: expected SECTION.KEY=VALUE with a section of {sorted(merged)}.")
-    merged[section][key] = yaml.safe_load(value)
+    merged[section][key] = _read_yaml(value)

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class ManifestDataset(Dataset):
         with sf.SoundFile(entry["audio_filepath"]) as file:
             if file.samplerate != self.sampling_rate:
                 raise ValueError(
-                    f"{entry['audio_filepath']}: {self.sampling_rate} Hz is expected, got {file.samplerate} Hz; resample it."
+                    f"{entry['audio_filepath']}: {self.sampling_rate} Hz is expected, got {file.samplerate} Hz; "
+                    "resample it."
                 )
             file.seek(round(entry.get("offset", 0.0) * file.samplerate))
             waveform = file.read(round(entry["duration"] * file.samplerate), dtype="float32", always_2d=True).mean(1)
@@ -94,25 +96,33 @@ class DurationBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"batch_duration_s must hold the longest utterance ({max(durations_s):.1f} s), got {batch_duration_s}."
             )
-        self.durations_s = np.asarray(durations_s)
         self.batch_duration_s = batch_duration_s
         self.dataset = dataset
         self.seed = seed
+        # Classes of durations that differ by a tenth at most, shortest first.
+        classes: dict[int, list[int]] = {}
+        for index, duration_s in enumerate(durations_s):
+            classes.setdefault(math.floor(math.log(duration_s, 1.1)), []).append(index)
+        self._classes = [
+            (np.array(classes[key]), int(batch_duration_s // max(durations_s[index] for index in classes[key])))
+            for key in sorted(classes)
+        ]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Shuffle; the number of batches is that of any epoch, which the Trainer relies on to resume a run."""
         self.dataset.set_epoch(epoch)
         rng = np.random.default_rng([self.seed, epoch])
-        # Durations are perturbed before sorting, so that the same utterances do not meet in every epoch.
-        order = np.argsort(self.durations_s * rng.uniform(0.9, 1.1, len(self.durations_s)))
-        batches: list[list[int]] = [[]]
-        longest = 0.0
-        for index in order.tolist():
-            longest = max(longest, self.durations_s[index])
-            if longest * (len(batches[-1]) + 1) > self.batch_duration_s:
-                batches.append([])
-                longest = self.durations_s[index]
-            batches[-1].append(index)
+        batches: list[list[int]] = []
+        rest: list[int] = []
+        for members, size in self._classes:
+            # What does not fill a batch joins the next longer class.
+            rest += rng.permutation(members).tolist()
+            while len(rest) >= size:
+                batches.append(rest[:size])
+                rest = rest[size:]
+        if rest:
+            batches.append(rest)
         self.batches = [batches[i] for i in rng.permutation(len(batches))]
 
     def __len__(self) -> int:

@@ -110,7 +110,7 @@ def main() -> None:
     )
     print(COLUMNS)
     for mode in arguments.mode or ["joint"]:
-        options = {**MODES[mode], **json.loads(arguments.generate)}
+        options = {**json.loads(arguments.generate), **MODES[mode]}
         texts, seconds = transcribe(recogniser, dataset, options, arguments.batch_size, mode)
         row = figures(references, [normalize_english(text) for text in texts], duration_s, seconds)
         print(ROW.format(mode=mode, **row), flush=True)

@@ -6,12 +6,14 @@ given again; a finished stage is not repeated.
 
 import argparse
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoFeatureExtractor, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -25,7 +27,7 @@ from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
 from training.arguments import ModelArguments, Stage, TuningArguments, load_stages
 from training.augment import AugmentOptions
 from training.data import DurationBatchSampler, ManifestDataset, read_manifests
-from training.trainer import SpeechLLMTrainer, load_trained
+from training.trainer import SpeechLLMTrainer, final_norm, load_trained
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, dict
         units["ctc_token_ids"] = select_lowercase_tokens(tokenizer, arguments.ctc_subset_size)
         tokenizer = restrict_merges(tokenizer, units["ctc_token_ids"])
     elif arguments.ctc_units == "llm":
-        units["ctc_token_ids"] = list(range(len(tokenizer)))
+        special = set(tokenizer.all_special_ids)  # the end of sequence, for one, is never heard
+        units["ctc_token_ids"] = [index for index in range(len(tokenizer)) if index not in special]
     elif arguments.ctc_units != "none":
         raise ValueError(f"ctc_units must be 'subset', 'llm' or 'none', got {arguments.ctc_units!r}.")
     processor = SpeechLLMProcessor(
@@ -47,6 +50,7 @@ def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, dict
         prompt_before=arguments.config.get("prompt_before", ""),
         prompt_after=arguments.config.get("prompt_after", ""),
     )
+    units["audio_token_id"] = processor.audio_token_id
     return processor, units
 
 
@@ -57,7 +61,7 @@ def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGener
         resolve_model(arguments.audio_model),
         resolve_model(arguments.language_model),
         tokenizer=processor.tokenizer,
-        **{**arguments.config, **units},
+        **{**units, **arguments.config},
     )
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
@@ -68,7 +72,8 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
     """Freeze, inject LoRA or leave free each part, as `tuning` says.
 
     Raises:
-        ValueError: For an unknown strategy.
+        ValueError: For an unknown strategy, more encoder layers than there are, or a LoRA unlike that of an earlier
+            stage.
     """
     for part in ("encoder", "projector", "ctc_head", "llm"):
         known = ("freeze", "lora", "full") if part == "llm" else ("freeze", "full")
@@ -82,7 +87,7 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
             use_rslora=tuning.lora_rslora,
             target_modules=rf".*\.({tuning.lora_targets})",
         )
-        inject_adapter_in_model(lora, model.language_model)
+        _inject_once(lora, model.language_model)
     model.language_model.requires_grad_(tuning.llm == "full")
     for name, parameter in model.language_model.named_parameters():
         if "lora_" in name:
@@ -90,8 +95,11 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
     model.audio_tower.requires_grad_(tuning.encoder == "full" and tuning.encoder_layers is None)
     if tuning.encoder == "full" and tuning.encoder_layers is not None:
         layers = encoder_layers(model.audio_tower)
-        layers[len(layers) - tuning.encoder_layers :].requires_grad_(True)
-        model.audio_tower.layer_norm.requires_grad_(True)
+        if not 0 <= tuning.encoder_layers <= len(layers):
+            raise ValueError(f"tuning.encoder_layers must be 0 to {len(layers)}, got {tuning.encoder_layers}.")
+        for module in (*layers[len(layers) - tuning.encoder_layers :], final_norm(model.audio_tower)):
+            if module is not None:
+                module.requires_grad_(True)
     model.multi_modal_projector.requires_grad_(tuning.projector == "full" and tuning.ce_loss_weight > 0)
     if model.ctc_head is not None:
         model.ctc_head.requires_grad_(tuning.ctc_head == "full" and tuning.ctc_loss_weight > 0)
@@ -99,14 +107,29 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
     model.config.ctc_loss_weight = tuning.ctc_loss_weight
 
 
-def recipe(stage: Stage) -> dict[str, Any]:
+def _inject_once(lora: LoraConfig, language_model: PreTrainedModel) -> None:
+    """Add fresh LoRA weights; those of an earlier stage go on learning."""
+    earlier = getattr(language_model, "peft_config", {}).get("default")
+    if earlier is None:
+        inject_adapter_in_model(lora, language_model)
+        return
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"):
+        if getattr(earlier, name) != getattr(lora, name):
+            raise ValueError(
+                f"tuning: LoRA must be the same in all stages, got {name} {getattr(earlier, name)!r} before and "
+                f"{getattr(lora, name)!r} now."
+            )
+
+
+def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
     """What `hf_speechllm.assembly` needs to put the trained parts together with the pre-trained models."""
-    tuning = stage.tuning
+    # Of the model, not of `tuning`: the LoRA may be an earlier stage's.
+    scalings = {layer.scaling["default"] for layer in model.language_model.modules() if isinstance(layer, LoraLayer)}
     return {
         "audio_model": stage.model.audio_model,
         "language_model": stage.model.language_model,
         "restricted_tokenizer": stage.model.ctc_units == "subset",
-        "lora_scaling": tuning.lora_alpha / (tuning.lora_r**0.5 if tuning.lora_rslora else tuning.lora_r),
+        "lora_scaling": scalings.pop() if scalings else 1.0,
     }
 
 
@@ -131,9 +154,15 @@ def build_trainer(
         for entry in read_manifests(data.train_manifests, data_dir)
         if data.min_duration_s <= entry["duration"] <= data.max_duration_s
     ]
+    if not entries:
+        raise ValueError(
+            f"data: no utterance of {data.train_manifests} lasts {data.min_duration_s} to {data.max_duration_s} s; "
+            "change min_duration_s or max_duration_s."
+        )
     durations = [entry["duration"] for entry in entries]
     logger.info("%d training utterances, %.1f h", len(entries), sum(durations) / 3600)
-    dataset = ManifestDataset(entries, rate, AugmentOptions() if data.augment else None, seed=stage.training.seed)
+    seed = stage.training.seed if stage.training.data_seed is None else stage.training.data_seed
+    dataset = ManifestDataset(entries, rate, AugmentOptions() if data.augment else None, seed=seed)
     evaluation = {
         name: ManifestDataset(read_manifests([path], data_dir)[: data.max_eval_examples], rate)
         for name, path in data.eval_manifests.items()
@@ -147,15 +176,24 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=lambda prediction: error_rates(processor, prediction),
         tuning=stage.tuning,
-        batch_sampler=DurationBatchSampler(durations, data.batch_duration_s, dataset, seed=stage.training.data_seed or 0),
+        batch_sampler=DurationBatchSampler(durations, data.batch_duration_s, dataset, seed=dataset.seed),
         trained_names=trained_names,
         generation=stage.generation,
-        recipe=recipe(stage),
+        recipe=recipe(stage, model),
     )
 
 
-def run(stages: list[Stage], data_dir: Path) -> None:
-    """Train stage after stage; what is already there is not done again."""
+def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None) -> None:
+    """Train stage after stage; what is already there is not done again.
+
+    Args:
+        stages: From [`load_stages`].
+        data_dir: Folder that the manifests are relative to.
+        only: Names of the stages to train; the others are skipped, their weights read if they are finished.
+
+    Raises:
+        ValueError: If a stage of `only` needs the weights of one that is not finished.
+    """
     set_seed(stages[0].training.seed)
     model, processor = build_model(stages[0].model)
     trained_names: set[str] = set()
@@ -166,6 +204,13 @@ def run(stages: list[Stage], data_dir: Path) -> None:
             logger.info("stage %s is finished, its weights are read from %s", stage.name, final)
             trained_names |= load_trained(model, final)
             continue
+        if only is not None and stage.name not in only:
+            later = [each.name for each in stages[stages.index(stage) + 1 :] if each.name in only]
+            if later:
+                raise ValueError(
+                    f"stage {later[0]!r} starts from the weights of {stage.name!r}, which is not finished."
+                )
+            return
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
@@ -183,7 +228,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="win over the file, in every stage")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder that the manifests are relative to")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--stage", action="append", help="run only this stage (repeatable); all by default")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        metavar="NAME",
+        help="train only this stage (repeatable), from the finished ones before it; all by default",
+    )
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     stages = load_stages(arguments.config, arguments.output_dir, arguments.overrides)
@@ -191,9 +241,8 @@ def main() -> None:
         unknown = set(arguments.stage) - {stage.name for stage in stages}
         if unknown:
             parser.error(f"--stage: no stage {sorted(unknown)[0]!r}; there are {[stage.name for stage in stages]}")
-        stages = [stage for stage in stages if stage.name in arguments.stage]
     torch.set_float32_matmul_precision("high")
-    run(stages, arguments.data_dir)
+    run(stages, arguments.data_dir, arguments.stage)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def parameter_groups(
     model: PreTrainedModel, tuning: TuningArguments, learning_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the parameters that require gradients: learning rates by part, no decay on vectors."""
-    num_layers = len(encoder_layers(model.audio_tower))
+    layers_above = _layers_above(model.audio_tower)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -129,7 +129,7 @@ def parameter_groups(
         rate = learning_rate
         if name.startswith("audio_tower."):
             rate = learning_rate if tuning.encoder_learning_rate is None else tuning.encoder_learning_rate
-            rate *= tuning.encoder_layer_decay ** _layers_above(name, num_layers)
+            rate *= tuning.encoder_layer_decay ** layers_above[parameter]
         elif name.startswith("language_model."):
             rate = learning_rate if tuning.llm_learning_rate is None else tuning.llm_learning_rate
         decay = weight_decay if parameter.ndim > 1 else 0.0
@@ -137,9 +137,21 @@ def parameter_groups(
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def _layers_above(name: str, num_layers: int) -> int:
-    """How many encoder layers lie above the parameter; all of them for the front end, none for the final norm."""
-    parts = name.split(".")
-    if "layers" in parts:
-        return num_layers - 1 - int(parts[parts.index("layers") + 1])
-    return 0 if "layer_norm" in parts[-2] else num_layers
+def _layers_above(audio_tower: PreTrainedModel) -> dict[torch.nn.Parameter, int]:
+    """How many encoder layers lie above each parameter; all of them for the front end, none for the final norm."""
+    layers = encoder_layers(audio_tower)
+    above = dict.fromkeys(audio_tower.parameters(), len(layers))
+    for index, layer in enumerate(layers):
+        above.update(dict.fromkeys(layer.parameters(), len(layers) - 1 - index))
+    norm = final_norm(audio_tower)
+    above.update(dict.fromkeys(norm.parameters() if norm is not None else (), 0))
+    return above
+
+
+def final_norm(audio_tower: PreTrainedModel) -> torch.nn.Module | None:
+    """The normalisation behind the encoder's last layer, where there is one."""
+    if not getattr(audio_tower.config, "do_stable_layer_norm", True):
+        return None  # Wav2Vec2-base and its kin normalise before the first layer
+    layers = encoder_layers(audio_tower)
+    owner = next(module for module in audio_tower.modules() if getattr(module, "layers", None) is layers)
+    return getattr(owner, "layer_norm", None)

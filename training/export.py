@@ -1,0 +1,57 @@
+"""Turn a finished run into the small folder of trained parts that is shared: weights in 16 bit, decoding options set.
+
+    python -m training.export RUN/llm/final FOLDER --generate '{"num_beams": 4, "ctc_weight": 0.5}'
+
+`hf_speechllm.assembly.assemble` makes a full checkpoint of it.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+
+from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
+
+_COPIED = (RECIPE_NAME, "config.json")
+
+
+def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
+    """Write `folder`; returns the size of the weights in MB.
+
+    Raises:
+        ValueError: If a weight does not fit into float16.
+    """
+    state = load_file(run / TRAINED_WEIGHTS_NAME)
+    for name, value in state.items():
+        if not value.half().isfinite().all():
+            raise ValueError(f"{run}: weight {name!r} has values beyond float16 (largest {value.abs().max():.3g}).")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half() for name, value in state.items()}, folder / TRAINED_WEIGHTS_NAME)
+    for name in _COPIED:
+        shutil.copyfile(run / name, folder / name)
+    config = GenerationConfig.from_pretrained(run)
+    config.update(**generation)
+    for name, value in generation.items():  # options of ours are no attributes of a fresh GenerationConfig
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    return (folder / TRAINED_WEIGHTS_NAME).stat().st_size / 1e6
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder `final` of the last stage")
+    parser.add_argument("folder", type=Path, help="folder of trained parts to write")
+    parser.add_argument("--generate", default="{}", help="decoding options for generation_config, as JSON")
+    arguments = parser.parse_args()
+    size_mb = export(arguments.run, arguments.folder, json.loads(arguments.generate))
+    print(f"{arguments.folder}: {size_mb:.1f} MB of weights, {torch.float16}")
+
+
+if __name__ == "__main__":
+    main()
