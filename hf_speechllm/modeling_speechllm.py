@@ -251,7 +251,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         lens = torch.div(audio.encoder_out_lens + downsampling - 1, downsampling, rounding_mode="floor")
         if self.config.ctc_blank_threshold is not None:
             embeds, lens = drop_blank_positions(
-                embeds, lens, audio.ctc_log_probs, frame_mask, downsampling, self.config.ctc_blank_threshold
+                embeds, audio.ctc_log_probs, frame_mask, downsampling, self.config.ctc_blank_threshold
             )
         audio.audio_embeds, audio.audio_embeds_lens = embeds, lens
         return audio

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .audio_encoders import AudioEncoding, encoder_width, lens_to_mask
+from .audio_encoders import AudioEncoding, encoder_width
 from .configuration_speechllm import SpeechLLMConfig
 
 
@@ -141,7 +141,6 @@ class CTCHead(nn.Module):
 
 def drop_blank_positions(
     audio_embeds: torch.Tensor,
-    audio_embeds_lens: torch.Tensor,
     ctc_log_probs: torch.Tensor,
     frame_mask: torch.Tensor,
     downsampling: int,
@@ -150,14 +149,13 @@ def drop_blank_positions(
     """Remove the positions all of whose frames are blank with a probability above `threshold`.
 
     Args:
-        audio_embeds: `[B, L, H]`; audio_embeds_lens: `[B]`; ctc_log_probs: `[B, T, U+1]`; frame_mask: `[B, T]`.
+        audio_embeds: `[B, L, H]`; ctc_log_probs: `[B, T, U+1]`; frame_mask: `[B, T]`.
 
     Returns:
         The kept embeddings, moved to the front, `[B, L', H]`, and their number `[B]`, at least 1.
     """
     has_label = (ctc_log_probs[..., -1].exp() <= threshold) & frame_mask
     keep = stack_frames(has_label[..., None].float(), downsampling).amax((2, 3)) > 0  # B, T -> B, L
-    keep &= lens_to_mask(audio_embeds_lens, audio_embeds.shape[1])
     keep[:, 0] |= ~keep.any(1)  # the language model still needs to be told that there was audio
     lens = keep.sum(1)
     order = torch.argsort(~keep, dim=1, stable=True)[:, : int(lens.max())]

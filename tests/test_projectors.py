@@ -179,7 +179,7 @@ def test_drop_blank_positions_against_a_loop(downsampling, threshold):
     mask = lens_to_mask(lens, 11)
     embeds_lens = (lens + downsampling - 1) // downsampling
     embeds = torch.randn(4, math.ceil(11 / downsampling), HIDDEN)
-    kept, kept_lens = drop_blank_positions(embeds, embeds_lens, log_probs, mask, downsampling, threshold)
+    kept, kept_lens = drop_blank_positions(embeds, log_probs, mask, downsampling, threshold)
     for row in range(4):
         expected = []
         for position in range(int(embeds_lens[row])):

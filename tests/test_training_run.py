@@ -1,9 +1,9 @@
 """training.train on a tiny model and a few tones: stages, resuming, gradient accumulation, overfitting."""
 
 import json
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,34 +23,51 @@ STAGES = [
     {
         "name": "ctc",
         "tuning": {"encoder": "full", "encoder_layers": 2, "ce_loss_weight": 0.0, "ctc_loss_weight": 1.0},
-        "training": {"learning_rate": 0.01, "max_steps": 4, "save_steps": 2},
+        "training": {"learning_rate": 0.01, "max_steps": 3, "save_steps": 2},
     },
     {
         "name": "llm",
         "tuning": {"llm": "lora", "lora_r": 2, "lora_alpha": 6, "lora_dropout": 0.1, "encoder": "freeze"},
-        "training": {"learning_rate": 0.01, "max_steps": 8, "save_steps": 3},
+        "training": {"learning_rate": 0.01, "max_steps": 6, "save_steps": 3},
     },
 ]
 
 
+def build(_arguments):
+    """In place of `build_model`: always the same start."""
+    return tiny_model(), tiny_processor()
+
+
 @pytest.fixture
 def models(monkeypatch) -> list:
-    """The models that runs have built, in order; all start the same."""
+    """The models that runs have built, in order."""
     built = []
 
-    def build(_arguments):
-        built.append(tiny_model(ctc_loss_weight=0.5))
-        return built[-1], tiny_processor()
+    def build_and_keep(arguments):
+        model, processor = build(arguments)
+        built.append(model)
+        return model, processor
 
-    monkeypatch.setattr(training.train, "build_model", build)
+    monkeypatch.setattr(training.train, "build_model", build_and_keep)
     return built
 
 
-@pytest.fixture
-def data_dir(tmp_path) -> Path:
-    write_manifest(tmp_path / "data" / "train.jsonl", TEXTS, DURATIONS_S)
-    write_manifest(tmp_path / "data" / "dev.jsonl", TEXTS[:3], DURATIONS_S[:3])
-    return tmp_path / "data"
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_manifest(folder / "train.jsonl", TEXTS, DURATIONS_S)
+    write_manifest(folder / "dev.jsonl", TEXTS[:3], DURATIONS_S[:3])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data_dir, tmp_path_factory) -> Path:
+    """Folder of an uninterrupted run of STAGES."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.train, "build_model", build)
+        run(stages_of(folder, "out"), data_dir)
+    return folder / "out"
 
 
 def stages_of(tmp_path: Path, output: str, stages: list[dict] = STAGES, **training_options):
@@ -98,65 +115,68 @@ def interrupt_after(monkeypatch, done: list[str], count: int):
     monkeypatch.setattr(SpeechLLMTrainer, "training_step", interrupted)
 
 
-def test_two_stages_train_and_save_what_they_say(models, data_dir, tmp_path, steps):
-    run(stages_of(tmp_path, "out"), data_dir)
-    assert steps == ["ctc"] * 4 + ["llm"] * 8
+def test_two_stages_train_and_save_what_they_say(whole):
     start = tiny_model().state_dict()
-    ctc, llm = weights(tmp_path / "out/ctc/final"), weights(tmp_path / "out/llm/final")
+    ctc, llm = weights(whole / "ctc/final"), weights(whole / "llm/final")
     assert {name.split(".")[0] for name in ctc} == {"audio_tower", "ctc_head"}
     assert all(not torch.equal(value, start[name]) for name, value in ctc.items())
     # The second stage keeps the encoder of the first and adds its own parts.
     assert set(llm) > set(ctc)
     assert all(torch.equal(llm[name], value) for name, value in ctc.items() if name.startswith("audio_tower."))
     assert {name.split(".")[0] for name in set(llm) - set(ctc)} == {"multi_modal_projector", "language_model"}
-    assert any(bool(value.any()) for name, value in llm.items() if "lora_B" in name)
-    recipe = json.loads((tmp_path / "out/llm/final/recipe.json").read_text())
-    assert recipe["lora_scaling"] == 3.0
+    assert all(bool(value.any()) for name, value in llm.items() if "lora_B" in name)
+    assert json.loads((whole / "llm/final/recipe.json").read_text())["lora_scaling"] == 3.0
     for name in ("config.json", "generation_config.json", "training_args.bin"):
-        assert (tmp_path / "out/llm/final" / name).is_file()
-    assert json.loads((tmp_path / "out/ctc/final/config.json").read_text())["ce_loss_weight"] == 0.0
-    assert sorted(path.name for path in (tmp_path / "out/llm").iterdir()) == ["checkpoint-6", "checkpoint-8", "final"]
+        assert (whole / "llm/final" / name).is_file()
+    assert json.loads((whole / "ctc/final/config.json").read_text())["ce_loss_weight"] == 0.0
+    assert sorted(path.name for path in (whole / "llm").iterdir()) == ["checkpoint-3", "checkpoint-6", "final"]
 
 
-def test_a_finished_run_is_not_repeated(models, data_dir, tmp_path, steps):
+def test_a_finished_run_is_not_repeated_but_its_weights_are_read(whole, models, data_dir, steps, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
     run(stages_of(tmp_path, "out"), data_dir)
-    finished = len(steps)
-    run(stages_of(tmp_path, "out"), data_dir)
-    assert len(steps) == finished
-    first, second = (model.state_dict() for model in models)
-    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert steps == []
+    state = models[0].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in weights(whole / "llm/final").items())
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("count", [3, 9, 11])
+@pytest.mark.parametrize(
+    ("count", "accumulation"),
+    [
+        pytest.param(2, 1, id="in the first stage"),
+        pytest.param(3 + 5, 1, id="in the second stage"),
+        pytest.param(3 + 5, 2, id="with gradient accumulation, in the second epoch"),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
-    models, data_dir, tmp_path, steps, monkeypatch, count, accumulation
+    whole, models, data_dir, tmp_path, steps, monkeypatch, count, accumulation
 ):
-    # 3: in the first stage, behind a checkpoint; 9, 11: in the second, in the first and in a later epoch.
     options = {"gradient_accumulation_steps": accumulation}
-    run(stages_of(tmp_path, "whole", **options), data_dir)
+    if accumulation > 1:
+        run(stages_of(tmp_path, "whole", **options), data_dir)
+        whole = tmp_path / "whole"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, steps, count * accumulation)
         run(stages_of(tmp_path, "pieces", **options), data_dir)
-    before = len(steps)
-    run(stages_of(tmp_path, "pieces", **options), data_dir)
-    assert len(steps) - before < 12 * accumulation, "the run began anew"
-    for stage in ("ctc", "llm"):
-        assert_equal_weights(tmp_path / "whole" / stage / "final", tmp_path / "pieces" / stage / "final")
-
-
-def test_one_stage_can_be_trained_alone_from_the_finished_one_before_it(models, data_dir, tmp_path, steps):
-    run(stages_of(tmp_path, "whole"), data_dir)
     del steps[:]
-    with pytest.raises(ValueError, match="stage 'llm' starts from the weights of 'ctc': train that one first"):
+    run(stages_of(tmp_path, "pieces", **options), data_dir)
+    assert len(steps) == {2: 1 + 6, 8: 3 * accumulation}[count], "it did not go on from the last checkpoint"
+    for stage in ("ctc", "llm"):
+        assert_equal_weights(whole / stage / "final", tmp_path / "pieces" / stage / "final")
+
+
+def test_one_stage_can_be_trained_alone_from_the_finished_one_before_it(whole, models, data_dir, tmp_path, steps):
+    with pytest.raises(ValueError, match="stage 'llm' starts from the weights of 'ctc', which is not finished"):
         run(stages_of(tmp_path, "pieces"), data_dir, only=["llm"])
     run(stages_of(tmp_path, "pieces"), data_dir, only=["ctc"])
-    assert steps == ["ctc"] * 4 and not (tmp_path / "pieces/llm/final").exists()
+    assert steps == ["ctc"] * 3 and not (tmp_path / "pieces/llm").exists()
+    assert_equal_weights(whole / "ctc/final", tmp_path / "pieces/ctc/final")
     run(stages_of(tmp_path, "pieces"), data_dir, only=["llm"])
-    assert steps == ["ctc"] * 4 + ["llm"] * 8
-    trained = [weights(tmp_path / folder / "ctc/final") for folder in ("whole", "pieces")]
-    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    assert set(weights(tmp_path / "pieces/llm/final")) == set(weights(tmp_path / "whole/llm/final"))
+    assert steps == ["ctc"] * 3 + ["llm"] * 6
+    expected, found = weights(whole / "llm/final"), weights(tmp_path / "pieces/llm/final")
+    assert set(found) == set(expected)
+    encoder = [name for name in found if name.startswith("audio_tower.")]
+    assert encoder and all(torch.equal(found[name], expected[name]) for name in encoder)
 
 
 def test_the_scale_of_the_lora_is_that_of_the_stage_that_trained_it(models, data_dir, tmp_path):
@@ -192,9 +212,7 @@ def test_error_rates_are_measured_while_training(models, data_dir, tmp_path, gen
 
 def test_no_utterance_within_the_limits_is_an_error_that_names_them(models, data_dir, tmp_path):
     stage = {**STAGES[0], "data": {"min_duration_s": 5.0}}
-    with pytest.raises(
-        ValueError, match=r"no utterance of \['train.jsonl'\] lasts 5.0 to 30.0 s; change min_duration_s"
-    ):
+    with pytest.raises(ValueError, match=r"no utterance of .'train.jsonl'. lasts 5.0 to 30.0 s; change min"):
         run(stages_of(tmp_path, "out", [stage]), data_dir)
 
 
@@ -310,16 +328,20 @@ def transcribe(model, **options) -> list[str]:
 
 def test_ctc_stage_learns_two_utterances_by_heart(models, tmp_path):
     tuning = {"encoder": "full", "ce_loss_weight": 0.0, "ctc_loss_weight": 1.0}
-    log = overfit(tmp_path, tuning, steps=60, learning_rate=0.01)
+    log = overfit(tmp_path, tuning, steps=60, learning_rate=0.03)
     assert log[0]["ctc_loss"] > 2.0 and log[-1]["ctc_loss"] < 0.05
     assert transcribe(models[0], mode="ctc_greedy") == OVERFIT_TEXTS
 
 
-def test_speech_llm_stage_with_lora_learns_two_utterances_by_heart(models, tmp_path):
+def test_speech_llm_stage_with_lora_learns_two_utterances_by_heart(tmp_path, monkeypatch):
+    model = tiny_model()
+    # With embeddings as small as a fresh model's, no hidden state gives a token a probability near one.
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(60)
+        model.get_output_embeddings().weight.mul_(60)
+    monkeypatch.setattr(training.train, "build_model", lambda _arguments: (model, tiny_processor()))
     tuning = {"llm": "lora", "lora_r": 8, "lora_alpha": 32, "ctc_head": "freeze", "ctc_loss_weight": 0.0}
     tuning["lora_targets"] = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
-    log = overfit(tmp_path, tuning, steps=60, learning_rate=0.02)
-    assert log[0]["ce_loss"] > 2.0 and log[-1]["ce_loss"] < 0.1
-    assert transcribe(models[0], num_beams=1) == OVERFIT_TEXTS
-    swapped = np.roll(OVERFIT_TEXTS, 1).tolist()
-    assert swapped != OVERFIT_TEXTS
+    log = overfit(tmp_path, tuning, steps=40, learning_rate=0.01)
+    assert log[0]["ce_loss"] > 2.0 and log[-1]["ce_loss"] < 0.05
+    assert transcribe(model, num_beams=1) == OVERFIT_TEXTS
