@@ -17,8 +17,6 @@ from transformers import GenerationConfig
 
 from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
 
-_COPIED = (RECIPE_NAME, "config.json")
-
 
 def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
     """Write `folder`; returns the size of the weights in MB.
@@ -32,8 +30,12 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
             raise ValueError(f"{run}: weight {name!r} has values beyond float16 (largest {value.abs().max():.3g}).")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: value.half() for name, value in state.items()}, folder / TRAINED_WEIGHTS_NAME)
-    for name in _COPIED:
-        shutil.copyfile(run / name, folder / name)
+    (folder / TRAINED_WEIGHTS_NAME).chmod(0o644)  # safetensors writes for the owner alone
+    shutil.copyfile(run / RECIPE_NAME, folder / RECIPE_NAME)
+    model_config = json.loads((run / "config.json").read_text())
+    for part in ("audio_config", "text_config"):
+        model_config[part].pop("_name_or_path", None)  # a folder of the machine that trained it
+    (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
     config = GenerationConfig.from_pretrained(run)
     config.update(**generation)
     for name, value in generation.items():  # options of ours are no attributes of a fresh GenerationConfig
