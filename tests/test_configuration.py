@@ -1,7 +1,7 @@
 """SpeechLLMConfig: what is derived, what survives saving, what is refused and with which words."""
 
+import importlib.util
 import json
-import subprocess
 import sys
 
 import pytest
@@ -62,17 +62,14 @@ def test_custom_pipelines_are_exported_but_dropped_by_the_installed_package(tmp_
     assert loaded.to_dict()["custom_pipelines"] == CUSTOM_PIPELINES
 
 
-def test_a_copy_of_the_module_loaded_as_remote_code_keeps_custom_pipelines():
-    code = (
-        "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('transformers_modules.x.configuration_speechllm', sys.argv[1])\n"
-        "module = importlib.util.module_from_spec(spec)\n"
-        "sys.modules[spec.name] = module\n"
-        "spec.loader.exec_module(module)\n"
-        "config = module.SpeechLLMConfig.from_dict(module.SpeechLLMConfig().to_dict())\n"
-        "assert config.custom_pipelines == module.CUSTOM_PIPELINES\n"
-    )
-    subprocess.run([sys.executable, "-c", code, sys.modules[SpeechLLMConfig.__module__].__file__], check=True)
+def test_a_copy_of_the_module_loaded_as_remote_code_keeps_custom_pipelines(monkeypatch):
+    path = sys.modules[SpeechLLMConfig.__module__].__file__
+    spec = importlib.util.spec_from_file_location("transformers_modules.x.configuration_speechllm", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    config = module.SpeechLLMConfig.from_dict(module.SpeechLLMConfig().to_dict())
+    assert config.custom_pipelines == CUSTOM_PIPELINES
 
 
 def test_default_config_is_a_moonshine_encoder_and_a_llama():
