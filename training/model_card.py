@@ -7,6 +7,7 @@ FOLDER holds the trained parts (training/train.py), results.jsonl is what traini
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ TEMPLATE = """---
 
 # {name}
 
-English speech recognition with a speech LLM: the acoustic encoder of {audio_model}, a `{projector}` projector and
-{language_model}, with a CTC head of {ctc_vocab_size} labels for joint decoding. Text is lower-case without punctuation,
-numbers as words.
+English speech recognition with a speech LLM: the acoustic encoder of {audio_model}, a `{projector}` projector
+and {language_model}, with a CTC head of {ctc_vocab_size} labels for joint decoding.
+Text is lower-case without punctuation, numbers as words.
 
 ```python
 import hf_speechllm
@@ -52,8 +53,8 @@ None of these recordings was used for training or tuning.
 
 ## Training
 
-Synthetic speech only. {trained} million parameters were trained ({parts}); the rest are those of the base models.
-The recipe is `training/configs/{config_file}`.
+Synthetic speech only. {trained} million parameters were trained ({parts});
+the rest are those of the base models. The recipe is `training/configs/{config_file}`.
 
 ## Decoding
 
@@ -71,6 +72,13 @@ def base_name(name: str) -> tuple[str, str]:
     return name, "other"
 
 
+def decoding(row: dict[str, Any]) -> str:
+    """How the figures of a row were decoded: the mode, and options other than the model's own."""
+    implied = {"mode", "ctc_weight"}
+    options = ", ".join(f"{name}={value}" for name, value in row["options"].items() if name not in implied)
+    return MODE_NAMES[row["mode"]] + (f" ({options})" if options else "")
+
+
 def results_table(results: list[dict[str, Any]]) -> str:
     """The figures as a Markdown table."""
     lines = [
@@ -81,7 +89,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
         rates = " | ".join(f"{row[name]:.2f}" for name in ("cer", "substitutions", "deletions", "insertions"))
         lines.append(
             f"| {row['dataset']} ({row['utterances']} utterances, {row['duration_min']:.1f} min) "
-            f"| {MODE_NAMES[row['mode']]} | **{row['wer']:.2f}** | {row['wer_low']:.2f} to {row['wer_high']:.2f} "
+            f"| {decoding(row)} | **{row['wer']:.2f}** | {row['wer_low']:.2f} to {row['wer_high']:.2f} "
             f"| {rates} | {row['rtfx']:.1f} |"
         )
     return "\n".join(lines)
@@ -110,7 +118,8 @@ def write_card(name: str, parts: Path, results: list[dict[str, Any]], config_fil
     evaluations = [
         EvalResult(
             task_type="automatic-speech-recognition",
-            dataset_type="real-speech",
+            # Results are grouped by the type of their data set.
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
             dataset_name=row["dataset"],
             metric_type="wer",
             metric_value=round(row["wer"], 2),
