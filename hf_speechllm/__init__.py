@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """LLMs for speech recognition with Hugging Face transformers: speech LLMs, shallow fusion, joint CTC decoding.
 
 Importing the package makes its models known to `AutoConfig`, `AutoModelForSpeechSeq2Seq`, `AutoProcessor` and

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """A full checkpoint from pre-trained models and the few weights that were trained on top of them.
 
 Training changes a small part of a speech LLM: LoRA, projector, CTC head, some encoder layers. A folder of trained

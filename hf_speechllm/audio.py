@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Read recordings into mono float32 waveforms.
 
 wav, flac, ogg (vorbis, opus) and mp3 are decoded by libsndfile through soundfile; everything else goes through an

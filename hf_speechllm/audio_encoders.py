@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """One calling convention for the acoustic encoders of transformers, in which padding changes nothing.
 
 Several encoders normalise over time (the group norm behind the first convolution of Moonshine, Wav2Vec2-base, HuBERT),

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """CTC labels that are tokens of the language model: a small, closed subset of a byte-level BPE.
 
 The vocabulary of an LLM (50k to 250k tokens) is too large and too sparse for a CTC head trained on little speech. Its

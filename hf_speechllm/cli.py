@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """The command line: `speechllm transcribe recording.wav`."""
 
 import argparse

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Configuration of a speech LLM: an acoustic encoder, a projector, a causal language model and a CTC head."""
 
 from typing import Any

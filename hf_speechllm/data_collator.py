@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Batches of (waveform, transcript) pairs for training and evaluation."""
 
 from dataclasses import dataclass

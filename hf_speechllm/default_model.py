@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """The default model, speechllm-tiny-en: its trained parts come with the package, its base models from the registry."""
 
 import hashlib

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """WER and CER as `evaluate.Metric`, for training loops and `evaluate.combine`.
 
 `evaluate.load("wer")` fetches a script from the Hub; these classes need no network. They live apart from `metrics`

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """`generate` of a speech LLM: encode once, build the prompt, decode with the language model and the CTC head jointly.
 
 Decoding options beyond those of transformers, saved in `generation_config` and overridable per call:
@@ -21,7 +20,7 @@ from .label_units import LabelUnits
 from .logits_process import CTCPrefixLogitsProcessor
 
 MODES = ("llm", "ctc_greedy")
-_DEFAULTS = {"ctc_weight": 0.0, "mode": "llm"}
+OPTION_DEFAULTS = {"ctc_weight": 0.0, "mode": "llm"}
 
 
 class SpeechLLMGenerationMixin(GenerationMixin):
@@ -71,7 +70,7 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         # As in transformers: what the given config leaves open (end of sequence, ctc_weight, ...) is the model's.
         own = self.generation_config.to_dict()
         generation_config.update(**own, defaults_only=True, allow_custom_entries=True)
-        options = {name: _pop_option(name, kwargs, generation_config) for name in _DEFAULTS}
+        options = {name: _pop_option(name, kwargs, generation_config) for name in OPTION_DEFAULTS}
         self._check_options(**options)
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
         if options["mode"] == "ctc_greedy":
@@ -177,7 +176,7 @@ def _pop_option(name: str, kwargs: dict[str, Any], generation_config: Generation
     for value in (kwargs.pop(name, None), getattr(generation_config, name, None)):
         if value is not None:
             return value
-    return _DEFAULTS[name]
+    return OPTION_DEFAULTS[name]
 
 
 def _after_prompt(input_ids: torch.Tensor | None, sequences: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Word and character error rates with their parts and a confidence interval, computed without any download.
 
 Needs jiwer, and whisper-normalizer for `normalize_english`: `pip install "hf-speechllm[eval]"`.

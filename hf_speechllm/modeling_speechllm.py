@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Speech LLM: any acoustic encoder of transformers, a projector, any causal language model, and a CTC head.
 
 Shapes: B utterances, S input steps, T encoder frames, D encoder width, L audio positions of the language model,

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """`pipeline("automatic-speech-recognition")` for speech LLMs: audio of any kind, rate and length to text."""
 
 from collections import defaultdict

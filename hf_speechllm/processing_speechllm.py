@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Processor: waveforms to encoder input, transcripts to labels, token ids to text."""
 
 from typing import Any

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Projectors: encoder frames to input embeddings of the language model, and the CTC head beside them.
 
 Shapes: B utterances, T encoder frames, D encoder width, S = downsampling, L = ceil(T/S) positions of the language

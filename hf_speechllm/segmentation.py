@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Cut long recordings at pauses, so that no piece is longer than what a model was trained on.
 
 The method is energy alone: 10 ms levels, a noise floor estimated inside each search window, two thresholds with

@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Transcripts as plain text, JSON lines, SubRip (srt) and WebVTT."""
 
 import html

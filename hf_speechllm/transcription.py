@@ -1,4 +1,3 @@
-# Copyright 2026 The hf_speechllm authors. Licensed under the Apache License, Version 2.0.
 """Transcribe many recordings of any length with a speech recognition pipeline.
 
 Recordings longer than the model's training length are cut at pauses; pieces of all recordings share the batches. A

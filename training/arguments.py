@@ -19,7 +19,7 @@ import yaml
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
 
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
-from hf_speechllm.generation_speechllm import _DEFAULTS as OWN_OPTIONS
+from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
 
 
 @dataclass
@@ -143,7 +143,7 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
         _reject_unknown(
             merged["model"].get("config") or {}, set(SpeechLLMConfig.__annotations__), "section 'model', config"
         )
-        _reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OWN_OPTIONS}, "section 'generation'")
+        _reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OPTION_DEFAULTS}, "section 'generation'")
         parts = {name: _parse(cls, merged[name], name) for name, cls in _SECTIONS.items()}
         training = {"output_dir": str(Path(output_dir) / raw["name"]), **_TRAINING_DEFAULTS, **merged["training"]}
         stages.append(
