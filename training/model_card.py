@@ -49,7 +49,8 @@ Percent of the reference words, after Whisper's English normaliser (not the Open
 
 {table}
 
-None of these recordings was used for training or tuning.
+None of these recordings was used for training or tuning. Base models named `base:...` in the recipe come from packages
+that hold them quantised (Moonshine tiny in 8 bit, SmolLM2 in 4 bit): their weights are not quite those of the Hub.
 
 ## Training
 
