@@ -37,9 +37,7 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
         model_config[part].pop("_name_or_path", None)  # a folder of the machine that trained it
     (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
     config = GenerationConfig.from_pretrained(run)
-    config.update(**generation)
-    for name, value in generation.items():  # options of ours are no attributes of a fresh GenerationConfig
-        setattr(config, name, value)
+    config.update(**generation, allow_custom_entries=True)
     config.save_pretrained(folder)
     return (folder / TRAINED_WEIGHTS_NAME).stat().st_size / 1e6
 
