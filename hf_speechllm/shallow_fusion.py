@@ -1,0 +1,218 @@
+"""Shallow fusion in transformers' `generate`: an external language model scores every step of any model with the same
+vocabulary, and the model's own idea of language may be taken off.
+
+Shape legend: N rows (utterances times beams), W width of `input_ids`, M generated tokens of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from .lm_score import CausalLMScorer, LMState
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """What one call leaves for the next: the rows it saw and their language-model states."""
+
+    ids: Tensor  # [N, W]
+    prompt_width: int  # columns of `ids` that were there at the first call
+    is_finished: Tensor  # [N] bool, EOS is among the generated tokens
+    states: tuple[LMState, ...]  # of `ShallowFusionLogitsProcessor._scorers`
+
+
+class ShallowFusionLogitsProcessor(LogitsProcessor):
+    """Adds language-model log-probs to the next-token scores of any `generate` (greedy, sampling, beam search).
+
+    Token c after hypothesis g scores
+
+        log p(c) + weight * log p_LM(c | g) - prior_weight * log p_prior(c | g)
+
+    where p is the model that generates. An EOS of `generate` is scored by the EOS of the language model, which may be
+    another token (a base model beside a chat model).
+
+    Takes logits or log-probs: they are normalised inside, and what another processor set to -inf stays -inf. Returns
+    log-scores [N, V] that are not normalised. With both weights 0 the scores pass untouched.
+
+    Beam safety: transformers does not tell processors which beams survived. Either the model's `_reorder_cache` calls
+    `reorder(beam_idx)`, or parents are found by comparing `input_ids` with the previous call's rows; both are exact,
+    since the state of a language model depends on the tokens only. `input_ids` may start with a prompt or empty
+    (`inputs_embeds`): the width at the first call is the prompt of the model that generates, which the language model
+    never sees (it has its own, `CausalLMScorer(prompt=...)`). Its hypothesis is what follows up to EOS, and padding
+    after EOS is ignored.
+
+    Reuse: when `input_ids` are no wider than the prompt was, the hypotheses start afresh; in all other cases call
+    `reset()` before another `generate`.
+
+    Args:
+        lm: the external language model; its ids mean the same tokens. Vocabularies are often padded: its own may be
+            longer.
+        weight: scale of the language model, 0 or more.
+        prior: what is subtracted: log-probs per token [V], or a language model that estimates the internal one (such
+            as the decoder of the model without its audio). None: nothing.
+        prior_weight: scale of `prior`, 0 or more.
+        eos_token_id: the id or ids that end a hypothesis, as in `generate`.
+        parents: "auto" as described; "recompute" rebuilds every state from its tokens at each call, which is slow and
+            serves as the reference.
+
+    Raises:
+        ValueError: an argument is out of range, `prior` is missing or not finite.
+
+    Source: Gulcehre et al. (2015), "On using monolingual corpora in neural machine translation", equation 5; McDermott
+    et al. (2019), "A density ratio approach to language model fusion", for the prior.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLMScorer,
+        weight: float,
+        *,
+        prior: Tensor | CausalLMScorer | None = None,
+        prior_weight: float = 0.0,
+        eos_token_id: int | list[int] | Tensor,
+        parents: Literal["auto", "recompute"] = "auto",
+    ) -> None:
+        for name, value in (("weight", weight), ("prior_weight", prior_weight)):
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}.")
+        if parents not in ("auto", "recompute"):
+            raise ValueError(f'parents: expected "auto" or "recompute", got {parents!r}.')
+        if prior is None and prior_weight != 0.0:
+            raise ValueError(f"prior: expected log-probs or a scorer for prior_weight {prior_weight}, got None.")
+        if isinstance(prior, Tensor) and not (prior.dim() == 1 and bool(prior.isfinite().all())):
+            raise ValueError(
+                f"prior: expected finite log-probs [V], got shape {tuple(prior.shape)} with "
+                f"{int((~prior.isfinite()).sum())} values that are not finite; smooth the counts it was made of."
+            )
+        eos_token_ids = torch.as_tensor(eos_token_id).reshape(-1)
+        if eos_token_ids.numel() == 0 or eos_token_ids.is_floating_point() or int(eos_token_ids.min()) < 0:
+            raise ValueError(f"eos_token_id: expected one or more token ids, got {eos_token_id}.")
+        self.lm = lm
+        self.weight = weight
+        self.prior = prior
+        self.prior_weight = prior_weight
+        self.eos_token_ids = eos_token_ids
+        self._highest_eos = int(eos_token_ids.max())
+        self.parents = parents
+        terms: list[tuple[CausalLMScorer, float]] = [(lm, weight)]
+        if isinstance(prior, CausalLMScorer):
+            terms.append((prior, -prior_weight))
+        # A model whose weight is 0 does not run.
+        self._scorers = tuple((scorer, scale) for scorer, scale in terms if scale != 0.0)
+        self._step: _Step | None = None
+        self._parent: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Returns the fused scores [N, V].
+
+        Args:
+            input_ids: [N, W] prompt and generated tokens.
+            scores: [N, V] logits or log-probs of the model that generates.
+
+        Raises:
+            ValueError: the vocabularies do not fit, or the rows do not continue those of the previous call.
+        """
+        if self.weight == 0.0 and self.prior_weight == 0.0:
+            return scores
+        self._check_vocabulary(scores.shape[1])
+        self._step, self._parent = self._next_step(input_ids), None
+        return self._fuse(self._step.states, scores)
+
+    def reorder(self, beam_idx: Tensor) -> None:
+        """Announces the parents of the next call's rows: call it from the model's `_reorder_cache`.
+
+        Args:
+            beam_idx: [N] flat row of the previous call that each row of the next one continues.
+        """
+        self._parent = beam_idx
+
+    def reset(self) -> None:
+        """Forgets the hypotheses: the next call is the first of a new `generate`."""
+        self._step, self._parent = None, None
+
+    def _next_step(self, input_ids: Tensor) -> _Step:
+        last = self._step
+        num_rows, width = input_ids.shape
+        if last is None or width <= last.prompt_width:
+            return self._replay(input_ids, width)
+        seen = last.ids.shape[1]
+        if num_rows == last.ids.shape[0]:
+            if width == seen + 1:
+                if self.parents == "recompute":
+                    return self._replay(input_ids, last.prompt_width)
+                parent = self._parent.to(input_ids.device) if self._parent is not None else _match(last.ids, input_ids)
+                if torch.equal(last.ids[parent], input_ids[:, :-1]):
+                    return self._continue(last, parent, input_ids)
+            # Speculative decoding steps back after a rejected draft.
+            elif width <= seen and torch.equal(last.ids[:, : width - 1], input_ids[:, :-1]):
+                return self._replay(input_ids, last.prompt_width)
+        raise ValueError(
+            f"input_ids: expected rows that continue the previous call's {tuple(last.ids.shape)} by one token (prompt "
+            f"of {last.prompt_width}), got {tuple(input_ids.shape)} that do not; call reset() before a new generate."
+        )
+
+    def _continue(self, last: _Step, parent: Tensor, input_ids: Tensor) -> _Step:
+        """One token more; `parent` [N] are rows of `last`."""
+        is_finished = last.is_finished[parent] | self._is_eos(input_ids[:, -1])
+        # EOS and the padding after it are no history: nothing follows them.
+        num_tokens = (~is_finished).long()
+        states = tuple(
+            scorer.advance(state, parent, input_ids[:, -1:], num_tokens)
+            for (scorer, _), state in zip(self._scorers, last.states, strict=True)
+        )
+        return _Step(input_ids.clone(), last.prompt_width, is_finished, states)
+
+    def _replay(self, input_ids: Tensor, prompt_width: int) -> _Step:
+        """The step of `input_ids`, from the empty hypothesis."""
+        generated = input_ids[:, prompt_width:]  # N, M
+        eos_so_far = self._is_eos(generated).cumsum(1)
+        num_tokens = (eos_so_far == 0).sum(1)
+        is_finished = num_tokens < generated.shape[1]
+        every_row = torch.arange(len(input_ids))
+        states = tuple(
+            scorer.advance(scorer.start(len(input_ids)), every_row, generated, num_tokens)
+            for scorer, _ in self._scorers
+        )
+        return _Step(input_ids.clone(), prompt_width, is_finished, states)
+
+    def _fuse(self, states: tuple[LMState, ...], scores: Tensor) -> Tensor:
+        fused = torch.log_softmax(scores.float(), dim=-1)
+        eos_token_ids = self.eos_token_ids.to(scores.device)
+        for (scorer, scale), state in zip(self._scorers, states, strict=True):
+            log_probs = state.next_log_probs.to(scores.device)
+            eos_log_prob = log_probs[:, scorer.eos_token_id, None].expand(-1, len(eos_token_ids))
+            log_probs = log_probs[:, : scores.shape[1]].index_copy(1, eos_token_ids, eos_log_prob)
+            fused = fused + scale * log_probs
+        if isinstance(self.prior, Tensor) and self.prior_weight != 0.0:
+            fused = fused - self.prior_weight * self.prior.to(fused)
+        # Forbidden tokens stay so, whatever a language model that excludes them too would make of it.
+        return fused.masked_fill(scores == -math.inf, -math.inf).to(scores.dtype)
+
+    def _is_eos(self, tokens: Tensor) -> Tensor:
+        return torch.isin(tokens, self.eos_token_ids.to(tokens.device))
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
+        if self._highest_eos >= vocab_size:
+            raise ValueError(
+                f"eos_token_id: expected ids below the vocabulary size {vocab_size}, got {self.eos_token_ids.tolist()}."
+            )
+        for name, scorer in (("lm", self.lm), ("prior", self.prior)):
+            if isinstance(scorer, CausalLMScorer) and scorer.vocab_size < vocab_size:
+                raise ValueError(
+                    f"{name}: expected a vocabulary of at least the {vocab_size} tokens that are generated, got "
+                    f"{scorer.vocab_size}; if only padding is missing, call its model.resize_token_embeddings."
+                )
+        if isinstance(self.prior, Tensor) and len(self.prior) != vocab_size:
+            raise ValueError(f"prior: expected {vocab_size} log-probs, one per token, got {len(self.prior)}.")
+
+
+def _match(last_ids: Tensor, input_ids: Tensor) -> Tensor:
+    """[N] a row of `last_ids` [N, W-1] that each row of `input_ids` [N, W] continues; without one, any."""
+    is_parent = (input_ids[:, None, :-1] == last_ids[None]).all(-1)  # N, N
+    return is_parent.int().argmax(-1)
