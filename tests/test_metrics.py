@@ -6,7 +6,17 @@ import sys
 import pytest
 
 from hf_speechllm import metrics
-from hf_speechllm.metrics import WordErrors, bootstrap_wer_interval, normalize_english, word_errors
+from hf_speechllm.metrics import (
+    CharacterErrors,
+    PairedDifference,
+    WordErrors,
+    bootstrap_rate_interval,
+    bootstrap_wer_interval,
+    character_errors,
+    normalize_english,
+    paired_bootstrap,
+    word_errors,
+)
 
 
 def test_counts():
@@ -87,3 +97,43 @@ def test_evaluate_metrics_need_no_network(tmp_path):
     metric = CER(cache_dir=str(tmp_path))
     metric.add_batch(predictions=["ab"], references=["ac"])
     assert metric.compute() == {"cer": 0.5}
+
+
+def test_interval_of_counts_is_that_of_the_texts():
+    references, predictions = ["a b c d"] * 9 + [""], ["a b c"] * 4 + ["a b c d"] * 5 + ["x"]
+    errors = [1] * 4 + [0] * 5 + [1]
+    expected = bootstrap_wer_interval(references, predictions)
+    assert bootstrap_rate_interval(errors, [4] * 9 + [0]) == expected
+
+
+def test_paired_bootstrap_needs_fewer_utterances_than_two_intervals():
+    # Hard utterances are hard for both; the second system is a little better on every fourth.
+    first = [4, 0] * 100
+    second = [3, 0, 4, 0] * 50
+    words = [10] * 200
+    result = paired_bootstrap(first, second, words)
+    assert result.difference == (sum(second) - sum(first)) / 2000
+    # Binomial: standard error sqrt(0.25 * 0.75 / 200) / 10
+    assert result.high - result.low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 200) ** 0.5 / 10, rel=0.15)
+    assert result.high < 0 and result.p_value == pytest.approx(2 / 1001)
+    low, high = bootstrap_rate_interval(first, words)
+    assert low < sum(second) / 2000 < high
+    swapped = paired_bootstrap(second, first, words)
+    assert (swapped.low, swapped.high) == (-result.high, -result.low) and swapped.p_value == result.p_value
+
+
+def test_paired_bootstrap_of_equal_systems():
+    assert paired_bootstrap([1, 0], [1, 0], [2, 2]) == PairedDifference(0.0, 0.0, 0.0, 1.0)
+
+
+def test_paired_bootstrap_wrong_arguments():
+    with pytest.raises(ValueError, match=r"errors, words: expected one of each per utterance, got \[2, 1, 2\]"):
+        paired_bootstrap([1, 2], [1], [3, 3])
+    with pytest.raises(ValueError, match="n: expected at least 1 draw, got 0"):
+        paired_bootstrap([1], [1], [1], n=0)
+    with pytest.raises(ValueError, match="expected at least one word in all references together, got none"):
+        paired_bootstrap([1], [1], [0])
+
+
+def test_character_errors():
+    assert character_errors(["ab c", ""], ["abc", "x"]) == CharacterErrors(errors=2, reference_characters=4)

@@ -1,127 +1,350 @@
-"""Error rates of a speech recognition model on a manifest, in one or several decoding modes.
+"""Error rates and speed of speech recognisers on a data set, in one or several decoding modes.
 
-    python -m training.evaluate_asr MANIFEST.jsonl --model MODEL --mode ctc_greedy --mode llm --mode joint
+    python -m training.evaluate_asr DATA --model MODEL --mode ctc_greedy --mode llm --mode joint
+    accelerate launch --multi_gpu -m training.evaluate_asr DATA ... --output hypotheses/run
+    torchrun --nproc-per-node 4 -m training.evaluate_asr DATA ... --output hypotheses/run
 
-MODEL is a Hub id, a folder, a folder of trained parts (a checkpoint of training/train.py), or nothing for the default
-model. References and hypotheses are compared after Whisper's English normaliser.
+DATA is a JSONL manifest (audio_filepath relative to it, text, optionally duration and offset in seconds; empty texts
+for silence and noise), the name of a set of the Open ASR Leaderboard (see below), or PATH:CONFIGURATION:SPLIT for any
+other data set of the Hub or a local folder (PATH::SPLIT without a configuration); these are streamed.
+
+MODEL is a Hub id, a folder, a folder of trained parts (a checkpoint of training/train.py), `base:NAME` (for example
+base:whisper-tiny.en, base:moonshine-tiny), or nothing for the default model. Models of others are decoded greedily.
+
+With --output or --leaderboard-dir a run that was interrupted goes on where it stopped when the command is given again,
+and a finished one is not repeated. Several modes, and the systems of --compare, are compared with the first mode on the
+same utterances (paired bootstrap).
 """
 
 import argparse
+import hashlib
 import json
-import time
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import AutomaticSpeechRecognitionPipeline, pipeline
+import transformers
+from transformers import AutomaticSpeechRecognitionPipeline
 
 import hf_speechllm
-from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts
-from hf_speechllm.metrics import WordErrors, bootstrap_wer_interval, normalize_english, word_errors
-from training.data import ManifestDataset, read_manifests
+from hf_speechllm.assembly import resolve_model
+from hf_speechllm.metrics import Normalizer, paired_bootstrap
+from training.decoding_run import Process, decode, discard, finished, manifest_path, merge, start_process
+from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest, stream_dataset
+from training.html_report import SystemReport, html_report
+from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, manifest_name
+from training.recognisers import DEFAULT_MODE, Recogniser, is_speech_llm, load_pipeline, mode_options
+from training.scoring import counts, score_system
 
-# Options of `generate` for each mode; "joint" is what the model's own generation_config says.
-MODES: dict[str, dict[str, Any]] = {"ctc_greedy": {"mode": "ctc_greedy"}, "llm": {"ctc_weight": 0.0}, "joint": {}}
+STREAM_WINDOW_BATCHES = 64  # of a streamed data set, sorted by length together
 
-
-def load_pipeline(model: str | None, device: str) -> AutomaticSpeechRecognitionPipeline:
-    """The recogniser for `model`; see the head of this file."""
-    if model is None:
-        model = hf_speechllm.default_model()
-    if (Path(model) / RECIPE_NAME).is_file():
-        speech_llm, processor = load_trained_parts(model)
-        return pipeline(
-            "automatic-speech-recognition",
-            model=speech_llm,
-            tokenizer=processor.tokenizer,
-            feature_extractor=processor.feature_extractor,
-            device=device,
-        )
-    return pipeline("automatic-speech-recognition", model=model, device=device)
-
-
-def transcribe(
-    recogniser: AutomaticSpeechRecognitionPipeline,
-    dataset: ManifestDataset,
-    options: dict[str, Any],
-    batch_size: int,
-    name: str,
-) -> tuple[list[str], float]:
-    """Texts in the order of the manifest and the seconds it took, one warm-up utterance excluded."""
-    rate = dataset.sampling_rate
-    order = sorted(range(len(dataset)), key=lambda index: -dataset.entries[index]["duration"])
-    inputs = ({"raw": dataset[index]["waveform"], "sampling_rate": rate} for index in order)
-    recogniser({"raw": dataset[order[-1]]["waveform"], "sampling_rate": rate}, generate_kwargs=options)
-    texts = [""] * len(order)
-    start = time.perf_counter()
-    outputs = recogniser(inputs, batch_size=batch_size, generate_kwargs=options)
-    for index, output in zip(order, tqdm(outputs, total=len(order), desc=name, leave=False), strict=True):
-        texts[index] = output["text"]
-    return texts, time.perf_counter() - start
-
-
-def figures(references: list[str], hypotheses: list[str], duration_s: float, seconds: float) -> dict[str, float]:
-    """All figures of one mode; rates in percent of the reference words or characters."""
-    errors: WordErrors = word_errors(references, hypotheses)
-    low, high = bootstrap_wer_interval(references, hypotheses)
-    counts = {name: getattr(errors, name) for name in ("substitutions", "deletions", "insertions")}
-    return {
-        "wer": 100 * errors.wer,
-        "wer_low": 100 * low,
-        "wer_high": 100 * high,
-        "cer": 100 * errors.cer,
-        **{name: 100 * count / errors.reference_words for name, count in counts.items()},
-        "rtfx": duration_s / seconds,
-        "utterances": len(references),
-        "duration_min": duration_s / 60,
-    }
-
-
-COLUMNS = f"{'mode':<12} {'WER':>6}  {'95 % interval':>14} {'CER':>6} {'sub':>6} {'del':>6} {'ins':>6} {'RTFx':>7}"
-ROW = (
-    "{mode:<12} {wer:6.2f}  [{wer_low:5.2f}, {wer_high:5.2f}] {cer:6.2f} {substitutions:6.2f} {deletions:6.2f} "
-    "{insertions:6.2f} {rtfx:7.1f}"
+COLUMNS = (
+    f"{'mode':<12} {'WER':>6}  {'95 % interval':>14} {'lb WER':>6} {'CER':>6} {'sub':>6} {'del':>6} {'ins':>6} "
+    f"{'halluc':>6} {'MiB':>6} {'RTFx':>7}"
 )
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: `identity` tells runs on it from runs on others; `utterances` is None for a stream."""
+
+    name: str
+    identity: str
+    source: tuple[str, str | None, str]
+    utterances: list[Utterance] | None
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifest", type=Path, help="JSONL manifest")
-    parser.add_argument("--model", help="the default model if left out")
-    parser.add_argument("--mode", action="append", choices=sorted(MODES), help="repeatable; joint by default")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--limit", type=int, help="use only the first utterances")
-    parser.add_argument("--generate", default="{}", help="further options of generate, as JSON")
-    parser.add_argument("--output", type=Path, help="write hypotheses as JSONL, one file per mode: OUTPUT.MODE.jsonl")
-    parser.add_argument("--results", type=Path, help="append the figures as JSONL, for training/model_card.py")
-    parser.add_argument("--name", help="of the data set in --results; by default that of the manifest")
+    parser = build_parser()
     arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # Whisper and Moonshine would be commented on in every batch
+    transformers.logging.disable_progress_bar()
+    try:
+        evaluate(arguments)
+    except UsageError as error:
+        parser.exit(2, f"evaluate_asr: error: {error}\n")
 
-    recogniser = load_pipeline(arguments.model, arguments.device)
-    entries = read_manifests([arguments.manifest.name], arguments.manifest.parent)[: arguments.limit]
-    dataset = ManifestDataset(entries, recogniser.feature_extractor.sampling_rate)
-    references = [normalize_english(entry["text"]) for entry in entries]
-    duration_s = sum(entry["duration"] for entry in entries)
-    print(
-        f"{arguments.manifest.name}: {len(entries)} utterances, {duration_s / 60:.1f} min; percent, Whisper normaliser"
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"sets of the leaderboard: {', '.join(DATASETS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    print(COLUMNS)
-    for mode in arguments.mode or ["joint"]:
-        options = {**json.loads(arguments.generate), **MODES[mode]}
-        texts, seconds = transcribe(recogniser, dataset, options, arguments.batch_size, mode)
-        row = figures(references, [normalize_english(text) for text in texts], duration_s, seconds)
-        print(ROW.format(mode=mode, **row), flush=True)
-        if arguments.results is not None:
-            name = arguments.name or arguments.manifest.stem
-            with open(arguments.results, "a") as file:
-                file.write(json.dumps({"dataset": name, "mode": mode, "options": options, **row}) + "\n")
-        if arguments.output is not None:
-            with open(f"{arguments.output}.{mode}.jsonl", "w") as file:
-                for entry, text in zip(entries, texts, strict=True):
-                    file.write(json.dumps({**entry, "pred_text": text}) + "\n")
+    add = parser.add_argument
+    add("data", metavar="DATA", help="JSONL manifest, set of the leaderboard, or PATH:CONFIGURATION:SPLIT")
+    add("--model", help="the default model if left out")
+    add("--mode", action="append", help="of a speech LLM, repeatable: joint (default), llm, or any mode of generate")
+    add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--limit", type=int, help="use only the first utterances")
+    add("--generate", default="{}", help="further options of generate, as JSON")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--output", type=Path, help="write hypotheses as JSONL, one file per mode: OUTPUT.MODE.jsonl")
+    place.add_argument("--leaderboard-dir", type=Path, help="write them there under the leaderboard's file name")
+    add("--overwrite", action="store_true", help="forget what an earlier run wrote there, and decode again")
+    add("--results", type=Path, help="append the figures as JSONL, for training/model_card.py")
+    add("--name", help="of the data set in --results; by default that of the manifest")
+    add("--system", help="name of the model in --leaderboard-dir, --results and --report (default: that of --model)")
+    add(
+        "--compare",
+        type=Path,
+        action="append",
+        default=[],
+        help="manifest with pred_text of another system, repeatable",
+    )
+    add("--report", type=Path, help="write an HTML page about the errors")
+    add("--report-utterances", type=int, default=200, help="utterances on that page, worst first (default: 200)")
+    add("--embed-audio", action="store_true", help="put the audio into the page instead of referring to the files")
+    add("--leaderboard-repository", type=Path, help="clone of the leaderboard's code, to use its own text normaliser")
+    return parser
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Decode and report; UsageError for what the user has to change."""
+    check(arguments)
+    extra = parse_options(arguments.generate)
+    process = start_process()
+    normalize = leaderboard_normalizer(arguments.leaderboard_repository)
+    data = open_data(arguments, normalize)
+    device = arguments.device
+    if device == "cuda" and process.count > 1:
+        device = f"cuda:{process.rank % torch.cuda.device_count()}"
+    pipe = load_pipeline(arguments.model, device)
+    modes = list(dict.fromkeys(arguments.mode or ["joint" if is_speech_llm(pipe) else DEFAULT_MODE]))
+    options = {mode: mode_options(pipe, mode, extra) for mode in modes}  # all are checked before the first is decoded
+    if arguments.leaderboard_dir is not None and len(modes) > 1:
+        raise UsageError(f"--leaderboard-dir: takes one --mode, got {', '.join(modes)}")
+    system = arguments.system or (arguments.model or "hf_speechllm/default").removeprefix("base:")
+    reports: list[SystemReport] = []
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for mode in modes:
+            prefix = output_prefix(arguments, mode, data, system) or Path(scratch) / mode
+            recogniser = Recogniser(pipe, options[mode])
+            rows, peak_mib = recognise(arguments, recogniser, data, mode, prefix, process)
+            if process.rank == 0:
+                report = score(f"{system} {mode}", rows, normalize, peak_mib)
+                show(arguments, data, system, mode, options[mode], report, is_first=not reports)
+                reports.append(report)
+    if process.rank == 0:
+        reports += [score_other(path, rows, normalize) for path in arguments.compare]
+        notes = [note for other in reports[1:] if (note := comparison(reports[0], other))]
+        print("\n".join(notes), end="\n" if notes else "")
+        if arguments.report is not None:
+            write_report(arguments, data, rows, reports, notes)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that are out of range and files that are missing, before anything is loaded."""
+    for name in ("batch_size", "limit", "report_utterances"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    for path in arguments.compare:
+        if not path.is_file():
+            raise UsageError(f"--compare: {path}: no such file")
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """The JSON object of --generate."""
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--generate: expected a JSON object, got {text!r} ({error})") from None
+    if not isinstance(options, dict):
+        raise UsageError(f"--generate: expected a JSON object, got {text!r}")
+    return options
+
+
+def open_data(arguments: argparse.Namespace, normalize: Normalizer) -> Data:
+    """The data set of the command line; a stream is opened later."""
+    name, path = arguments.data, Path(arguments.data)
+    if name not in DATASETS and (path.suffix in (".jsonl", ".json") or path.exists() or name.count(":") != 2):
+        if not path.is_file():
+            raise UsageError(
+                f"{name}: no such file; expected a JSONL manifest, PATH:CONFIGURATION:SPLIT or one of "
+                f"{', '.join(DATASETS)}"
+            )
+        utterances = read_manifest(path, arguments.limit)
+        digest = hashlib.sha256(json.dumps([utterance.entry for utterance in utterances]).encode()).hexdigest()
+        return Data(arguments.name or path.stem, digest, (path.stem, None, "test"), utterances)
+    if arguments.embed_audio:
+        raise UsageError("--embed-audio: needs a manifest; a streamed data set is not kept")
+    source: tuple[str, str | None, str]
+    if name in DATASETS:
+        source = DATASETS[name]
+    else:
+        folder, configuration, split = name.split(":")
+        source = (folder, configuration or None, split)
+    return Data(arguments.name or name, f"{source} limit {arguments.limit}", source, None)
+
+
+def output_prefix(arguments: argparse.Namespace, mode: str, data: Data, system: str) -> Path | None:
+    """Path of the hypotheses without `.jsonl`; None if they are not to be kept."""
+    if arguments.leaderboard_dir is not None:
+        return arguments.leaderboard_dir / manifest_name(system, *data.source).removesuffix(".jsonl")
+    if arguments.output is not None:
+        return arguments.output.with_name(f"{arguments.output.name}.{mode}")
+    return None
+
+
+def recognise(
+    arguments: argparse.Namespace, recogniser: Recogniser, data: Data, mode: str, prefix: Path, process: Process
+) -> tuple[list[dict[str, Any]], float]:
+    """Rows of the manifest, in the first process, and peak memory in MiB; decodes only what is not there yet."""
+    if process.count > 1 and arguments.output is None and arguments.leaderboard_dir is None:
+        raise UsageError("--output or --leaderboard-dir is needed with several processes: they meet in these files")
+    description = {
+        "model": arguments.model,
+        "weights": weights_stamp(arguments.model),
+        "mode": mode,
+        "options": recogniser.options,
+        "data": data.identity,
+        "batch_size": arguments.batch_size,
+        "device": torch.device(arguments.device).type,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    if arguments.overwrite and process.rank == 0:
+        discard(prefix)
+    process.largest(0.0)
+    peak_mib = finished(prefix, description)
+    total = None if data.utterances is None else len(data.utterances)
+    if peak_mib is not None:
+        rows = list(read_json_lines(manifest_path(prefix), ("text", "pred_text", "duration", "time")))
+        if process.rank == 0:
+            print(f"{manifest_path(prefix)}: of this very run, not decoded again (--overwrite does)", file=sys.stderr)
+        return rows, peak_mib
+    window = None if data.utterances is not None else STREAM_WINDOW_BATCHES * arguments.batch_size
+    stream = batches(iter_utterances(arguments, data), arguments.batch_size, window)
+    decode(recogniser, stream, prefix, description, process, total)
+    peak_mib = process.largest(peak_memory_mib(recogniser.pipe))
+    rows = merge(prefix, description, peak_mib, total) if process.rank == 0 else []
+    process.largest(0.0)
+    return rows, peak_mib
+
+
+def iter_utterances(arguments: argparse.Namespace, data: Data) -> Iterator[Utterance]:
+    """Utterances of a manifest or a stream; of a stream those that the leaderboard scores."""
+    if data.utterances is not None:
+        return iter(data.utterances)
+    normalize = leaderboard_normalizer(arguments.leaderboard_repository)
+    return stream_dataset(*data.source, lambda text: is_scored(normalize(text)), arguments.limit)
+
+
+def weights_stamp(model: str | None) -> str | None:
+    """Changes when the files of a local model do, so that results of other weights are not taken for its own."""
+    folder = Path(hf_speechllm.default_model() if model is None else resolve_model(model))
+    if not folder.is_dir():
+        return None
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def peak_memory_mib(pipe: AutomaticSpeechRecognitionPipeline) -> float:
+    """Largest memory so far: of tensors on the GPU, or of the whole process."""
+    if pipe.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(pipe.device) / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def score(name: str, rows: list[dict[str, Any]], normalize: Normalizer, peak_mib: float | None) -> SystemReport:
+    """Figures of one system from the rows of its manifest."""
+    system_score = score_system([row["text"] for row in rows], [row["pred_text"] for row in rows], normalize)
+    duration_s = sum(row["duration"] for row in rows)
+    figures = {
+        **system_score.figures,
+        "rtfx": duration_s / max(sum(row["time"] for row in rows), 1e-9),
+        "duration_min": duration_s / 60,
+        "peak_memory_mib": peak_mib,
+    }
+    return SystemReport(name, system_score, figures)
+
+
+def score_other(path: Path, rows: list[dict[str, Any]], normalize: Normalizer) -> SystemReport:
+    """Figures of a manifest of --compare, which must have the same references in the same order."""
+    others = list(read_json_lines(path, ("text", "pred_text", "duration", "time")))
+    if [row["text"] for row in others] != [row["text"] for row in rows]:
+        raise UsageError(
+            f"--compare: {path}: expected the same {len(rows)} references in the same order, got {len(others)} "
+            "utterances, or other texts; decode the same DATA with the same --limit"
+        )
+    return score(path.stem, others, normalize, None)
+
+
+def show(
+    arguments: argparse.Namespace,
+    data: Data,
+    system: str,
+    mode: str,
+    options: dict[str, Any],
+    report: SystemReport,
+    is_first: bool,
+) -> None:
+    """Print the figures of a mode and append them to --results."""
+    figures = report.figures
+    if is_first:
+        print(
+            f"{data.name}: {figures['utterances']} utterances, {figures['duration_min']:.1f} min; percent, Whisper "
+            "normaliser; lb: by the leaderboard's rules"
+        )
+        print(COLUMNS)
+    cells = {name: "-" if value is None else f"{value:.2f}" for name, value in figures.items()}
+    interval = f"[{cells['wer_low']:>5}, {cells['wer_high']:>5}]"
+    print(
+        f"{mode:<12} {cells['wer']:>6}  {interval:>14} {cells['leaderboard_wer']:>6} {cells['cer']:>6} "
+        f"{cells['substitutions']:>6} {cells['deletions']:>6} {cells['insertions']:>6} {figures['hallucinations']:>6} "
+        f"{figures['peak_memory_mib']:>6.0f} {figures['rtfx']:>7.1f}",
+        flush=True,
+    )
+    if arguments.results is not None:
+        row = {"dataset": data.name, "system": system, "mode": mode, "options": options, **figures}
+        with open(arguments.results, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def comparison(first: SystemReport, other: SystemReport) -> str | None:
+    """One line: how the WER of another system differs from the first's; None without reference words."""
+    first_errors, words = counts(first.score.whisper)
+    if not words.sum():
+        return None
+    result = paired_bootstrap(first_errors, counts(other.score.whisper)[0], words)
+    return (
+        f"{other.name} against {first.name}: WER {100 * result.difference:+.2f} points, 95 % interval "
+        f"[{100 * result.low:+.2f}, {100 * result.high:+.2f}], p = {result.p_value:.3f} (paired bootstrap)"
+    )
+
+
+def write_report(
+    arguments: argparse.Namespace,
+    data: Data,
+    rows: list[dict[str, Any]],
+    reports: list[SystemReport],
+    notes: list[str],
+) -> None:
+    """Write the page of --report."""
+    utterances = data.utterances or [Utterance(index, row, b"") for index, row in enumerate(rows)]
+    arguments.report.parent.mkdir(parents=True, exist_ok=True)
+    page = html_report(
+        f"Speech recognition of {data.name}",
+        utterances,
+        reports,
+        arguments.report.parent,
+        notes,
+        arguments.report_utterances,
+        arguments.embed_audio,
+    )
+    arguments.report.write_text(page, encoding="utf-8")
+    print(f"{arguments.report}: written")
 
 
 if __name__ == "__main__":

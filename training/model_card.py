@@ -22,6 +22,10 @@ MODE_NAMES = {
     "ctc_greedy": "CTC head alone, greedy",
     "llm": "speech LLM alone",
     "joint": "speech LLM and CTC jointly",
+    "ctc_beam": "CTC head alone, beam search",
+    "rescoring": "CTC N-best list rescored by the plain LLM",
+    "delayed_fusion": "CTC with the plain LLM, delayed fusion",
+    "label_fusion": "CTC with the plain LLM, label by label",
 }
 
 TEMPLATE = """---
@@ -77,7 +81,7 @@ def decoding(row: dict[str, Any]) -> str:
     """How the figures of a row were decoded: the mode, and options other than the model's own."""
     implied = {"mode", "ctc_weight"}
     options = ", ".join(f"{name}={value}" for name, value in row["options"].items() if name not in implied)
-    return MODE_NAMES[row["mode"]] + (f" ({options})" if options else "")
+    return MODE_NAMES.get(row["mode"], row["mode"]) + (f" ({options})" if options else "")
 
 
 def results_table(results: list[dict[str, Any]]) -> str:

@@ -1,0 +1,210 @@
+"""Decode a data set once: resumable after any crash, over any number of processes.
+
+Every process appends what it has recognised to a journal of its own, `PREFIX.part0.jsonl`, `PREFIX.part1.jsonl`, ...:
+first a line that describes the run, then one line per utterance, forced to disk after every batch. Batches are dealt
+out in turn, so the batches of a run do not depend on the number of processes. When all is done the journals are merged,
+in the order of the data set, into `PREFIX.jsonl`, the manifest; beside it `PREFIX.run.json` describes the run.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import distributed
+from tqdm import tqdm
+
+from training.evaluation_data import UsageError, Utterance
+from training.recognisers import Recogniser
+
+
+@dataclass(frozen=True)
+class Process:
+    """Which of how many processes this is; `largest` waits for all of them and returns the largest of their values."""
+
+    rank: int = 0
+    count: int = 1
+    largest: Callable[[float], float] = lambda value: value
+
+
+def start_process() -> Process:
+    """This process among those of `accelerate launch` or `torchrun`, or the only one."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return Process()
+    # Only waiting goes over the network, so gloo serves GPUs too; the slowest process may take its time.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+
+    def largest(value: float) -> float:
+        values: list[Any] = [None] * count
+        distributed.all_gather_object(values, value)
+        return max(values)
+
+    return Process(distributed.get_rank(), count, largest)
+
+
+def part_path(prefix: Path, rank: int) -> Path:
+    """Journal of a process."""
+    return prefix.with_name(f"{prefix.name}.part{rank}.jsonl")
+
+
+def manifest_path(prefix: Path) -> Path:
+    """Manifest of a finished run."""
+    return prefix.with_name(f"{prefix.name}.jsonl")
+
+
+def run_path(prefix: Path) -> Path:
+    """Description of a finished run."""
+    return prefix.with_name(f"{prefix.name}.run.json")
+
+
+def finished(prefix: Path, description: dict[str, Any]) -> float | None:
+    """Peak memory in MiB of the run that `description` describes, if its manifest is there; otherwise None."""
+    if not (manifest_path(prefix).is_file() and run_path(prefix).is_file()):
+        return None
+    run = json.loads(run_path(prefix).read_text())
+    return run["peak_memory_mib"] if run["run"] == description else None
+
+
+def discard(prefix: Path) -> None:
+    """Forget an earlier run: remove its journals and description. Its manifest stays until another replaces it."""
+    for path in [*_parts(prefix), run_path(prefix)]:
+        path.unlink(missing_ok=True)
+
+
+def decode(
+    recogniser: Recogniser,
+    batches: Iterator[list[Utterance]],
+    prefix: Path,
+    description: dict[str, Any],
+    process: Process,
+    total: int | None,
+) -> None:
+    """Recognise this process's share of what no journal has yet.
+
+    Args:
+        recogniser: The model.
+        batches: All batches of the data set, the same in every process.
+        prefix: Where journals go.
+        description: Of the run, JSON; a journal of another run is refused.
+        process: This one.
+        total: Number of utterances for the progress bar of the first process, if known.
+
+    Raises:
+        UsageError: If a journal is of another run or damaged, or audio cannot be read.
+    """
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["index"] for path in _parts(prefix) for row in _read_part(path, description)}
+    is_warm = False
+    audio_s = time_s = 0.0
+    with (
+        _open_part(part_path(prefix, process.rank), description) as journal,
+        tqdm(desc=prefix.name, unit="utt", total=total, leave=False, disable=process.rank > 0) as bar,
+    ):
+        for number, batch in enumerate(batches):
+            if number % process.count != process.rank:
+                continue
+            bar.update(sum(utterance.index in done for utterance in batch))
+            longest_s = batch[0].entry["duration"]
+            batch = [utterance for utterance in batch if utterance.index not in done]
+            if not batch:
+                continue
+            waveforms = [utterance.waveform(recogniser.sampling_rate) for utterance in batch]
+            if not is_warm:  # kernels are chosen, caches filled: outside the measured time
+                recogniser.transcribe(waveforms[-1:], longest_s)
+                is_warm = True
+            start = time.perf_counter()
+            texts = recogniser.transcribe(waveforms, longest_s)
+            batch_s = time.perf_counter() - start
+            rows = [
+                {"index": utterance.index, "row": utterance.entry | {"time": batch_s / len(batch), "pred_text": text}}
+                for utterance, text in zip(batch, texts, strict=True)
+            ]
+            _append(journal, rows)
+            audio_s += sum(utterance.entry["duration"] for utterance in batch)
+            time_s += batch_s
+            bar.update(len(rows))
+            bar.set_postfix(RTFx=f"{audio_s / time_s:.1f}")
+
+
+def merge(prefix: Path, description: dict[str, Any], peak_memory_mib: float, total: int | None) -> list[dict[str, Any]]:
+    """Journals to the manifest and the description of the run; rows in the order of the data set.
+
+    Args:
+        prefix: As in [`decode`].
+        description: Likewise.
+        peak_memory_mib: Goes into the description of the run.
+        total: Number of utterances, if known; otherwise the largest index tells.
+
+    Raises:
+        RuntimeError: If an utterance is missing or was recognised twice.
+    """
+    journal = [line for path in _parts(prefix) for line in _read_part(path, description)]
+    journal.sort(key=lambda line: line["index"])
+    if [line["index"] for line in journal] != list(range(len(journal) if total is None else total)):
+        raise RuntimeError(
+            f"{prefix}: expected each of {total or 'all'} utterances once in the journals, got {len(journal)} lines; "
+            "is another run writing there? Give --overwrite to decode again"
+        )
+    rows = [line["row"] for line in journal]
+    _replace(manifest_path(prefix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _replace(run_path(prefix), json.dumps({"run": description, "peak_memory_mib": peak_memory_mib}, indent=2) + "\n")
+    for path in _parts(prefix):
+        path.unlink()
+    return rows
+
+
+def _parts(prefix: Path) -> list[Path]:
+    start = f"{prefix.name}.part"
+    names = [path.name for path in prefix.parent.iterdir()] if prefix.parent.is_dir() else []
+    ranks = [name.removeprefix(start).removesuffix(".jsonl") for name in names if name.startswith(start)]
+    return [part_path(prefix, rank) for rank in sorted(int(rank) for rank in ranks if rank.isdigit())]
+
+
+def _read_part(path: Path, description: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a journal; a last line without its end was being written when the process died."""
+    complete, _, _ = path.read_bytes().rpartition(b"\n")
+    lines = complete.decode("utf-8").split("\n") if complete else []
+    try:
+        rows = [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: damaged ({error}); give --overwrite to decode again") from error
+    if rows and rows[0] != {"run": description}:
+        own = rows[0].get("run", {})
+        names = sorted(name for name in {*own, *description} if own.get(name) != description.get(name))
+        raise UsageError(
+            f"{path}: left by an unfinished run with another {', '.join(names)}; give the command of that run to "
+            "finish it, another --output, or --overwrite"
+        )
+    return rows[1:]
+
+
+def _open_part(path: Path, description: dict[str, Any]) -> TextIO:
+    """Open a journal to append to, behind its last complete line."""
+    if path.exists():
+        with path.open("rb+") as file:
+            complete, end, _ = file.read().rpartition(b"\n")
+            file.truncate(len(complete + end))
+    journal = path.open("a", encoding="utf-8")
+    if journal.tell() == 0:
+        _append(journal, [{"run": description}])
+    return journal
+
+
+def _append(journal: TextIO, rows: list[dict[str, Any]]) -> None:
+    journal.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _replace(path: Path, content: str) -> None:
+    unfinished = path.with_name(f".{path.name}.writing")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,113 @@
+"""Any Hugging Face speech recogniser behind one call: speech LLMs of this package, Whisper, Moonshine, Wav2Vec2, ...
+
+Decoding modes of speech LLMs are those of `generate(mode=...)`, and two short names: "joint", the language model with
+the model's own CTC weight, and "llm", the language model without CTC. Other models have one mode, "default".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutomaticSpeechRecognitionPipeline, pipeline
+
+import hf_speechllm
+from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
+from hf_speechllm.generation_speechllm import MODES
+from training.evaluation_data import UsageError
+
+ALIASES: dict[str, dict[str, Any]] = {"joint": {"mode": "llm"}, "llm": {"mode": "llm", "ctc_weight": 0.0}}
+DEFAULT_MODE = "default"
+# Moonshine goes on for ever where it does not find the end; its authors allow this many tokens for a second of speech.
+MOONSHINE_TOKENS_PER_S = 6.5
+MOONSHINE_MIN_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A pipeline and the options of `generate` to call it with."""
+
+    pipe: AutomaticSpeechRecognitionPipeline
+    options: dict[str, Any]
+
+    @property
+    def sampling_rate(self) -> int:
+        """What the model expects, in Hz."""
+        return self.pipe.feature_extractor.sampling_rate
+
+    def transcribe(self, waveforms: Sequence[np.ndarray], longest_s: float) -> list[str]:
+        """Raw texts of float32 waveforms [samples], decoded in one batch.
+
+        Args:
+            waveforms: at `sampling_rate`.
+            longest_s: longest recording of the batch these belong to, in seconds; bounds the output where a model
+                needs a bound.
+        """
+        options = dict(self.options)
+        if self.pipe.model.config.model_type.startswith("moonshine"):
+            options.setdefault("max_new_tokens", MOONSHINE_MIN_TOKENS + math.ceil(MOONSHINE_TOKENS_PER_S * longest_s))
+        call: dict[str, Any] = {"batch_size": len(waveforms)}
+        if options:
+            call["generate_kwargs"] = options
+        if self.pipe.type == "seq2seq_whisper" and longest_s > self.pipe.feature_extractor.chunk_length:
+            # Beyond its window Whisper decodes piece by piece, with timestamps, one recording at a time.
+            call |= {"batch_size": 1, "return_timestamps": True}
+        # The pipeline takes its inputs out of the dictionaries.
+        inputs = [{"raw": waveform, "sampling_rate": self.sampling_rate} for waveform in waveforms]
+        return [output["text"].strip() for output in self.pipe(inputs, **call)]
+
+
+def load_pipeline(model: str | None, device: str) -> AutomaticSpeechRecognitionPipeline:
+    """The pipeline of a Hub id, a folder, a folder of trained parts, `base:NAME`, or None for the default model.
+
+    Raises:
+        UsageError: there is no such model, or it recognises no speech.
+    """
+    try:
+        model = hf_speechllm.default_model() if model is None else resolve_model(model)
+        if (Path(model) / RECIPE_NAME).is_file():
+            speech_llm, processor = load_trained_parts(model)
+            return pipeline(
+                "automatic-speech-recognition",
+                model=speech_llm,
+                tokenizer=processor.tokenizer,
+                feature_extractor=processor.feature_extractor,
+                device=device,
+            )
+        return pipeline("automatic-speech-recognition", model=model, device=device)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--model: {model} cannot be loaded for speech recognition ({error})") from error
+
+
+def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
+    """Whether the model is one of this package's, with decoding modes."""
+    return pipe.model.config.model_type == "speechllm"
+
+
+def mode_options(pipe: AutomaticSpeechRecognitionPipeline, mode: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """Options of `generate` for a mode; `extra` goes before what other models get by default, after the mode's.
+
+    Raises:
+        UsageError: no such mode, a mode for a model without modes, or options for a model without `generate`.
+    """
+    if is_speech_llm(pipe):
+        modes = sorted({*ALIASES, *MODES})
+        if mode not in modes:
+            raise UsageError(f"--mode: expected one of {', '.join(modes)}, got {mode!r}")
+        return {**extra, **ALIASES.get(mode, {"mode": mode})}
+    kind = pipe.model.config.model_type
+    if mode != DEFAULT_MODE:
+        raise UsageError(
+            f"--mode: {mode!r} is for speech LLMs of this package, this is a {kind} model; leave --mode out"
+        )
+    if pipe.type in ("ctc", "ctc_with_lm"):
+        if extra:
+            raise UsageError(f"--generate: a {kind} CTC model does not generate; leave out {', '.join(sorted(extra))}")
+        return {}
+    # Greedy, as the leaderboard runs them; the pipeline's own default is 5 beams.
+    options: dict[str, Any] = {"num_beams": 1}
+    if getattr(pipe.model.generation_config, "is_multilingual", False):
+        options |= {"language": "en", "task": "transcribe"}
+    return {**options, **extra}
