@@ -1,12 +1,11 @@
 """How CTC labels correspond to LLM tokens.
 
-Shape legend: N hypotheses, A = U + 1 label axis of the CTC output (U labels and the blank), U' scored labels,
-V vocabulary of the LLM. A label is an index into the label axis.
+Shape legend: A = U + 1 label axis of the CTC output (U labels and the blank), V vocabulary of the LLM. A label is an
+index into the label axis.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -110,32 +109,6 @@ class LabelUnits:
     def labels_to_tokens(self, labels: Tensor) -> Tensor:
         """Tokens of the labels, any shape; -1 for the blank. Labels must lie on the label axis."""
         return self.label_to_token[labels]
-
-    def scatter(self, label_scores: Tensor, vocab_size: int, labels: Tensor | None = None) -> Tensor:
-        """Spreads scores of labels over the vocabulary; tokens without a score get -inf.
-
-        Args:
-            label_scores: [N, A] scores of the whole label axis (the blank's is dropped), or [N, U'] with `labels`.
-            vocab_size: width of the result; may exceed V (padded LLM output), but must hold every label's token.
-            labels: [N, U'] the label of each column, without the blank; None means the whole axis in order.
-
-        Returns:
-            [N, vocab_size], dtype and device of `label_scores`.
-
-        Raises:
-            ValueError: `label_scores` does not fit the label axis or `labels`, or `vocab_size` is too small.
-        """
-        expected = (label_scores.shape[0], self.num_labels) if labels is None else tuple(labels.shape)
-        if tuple(label_scores.shape) != expected:
-            raise ValueError(f"label_scores: expected shape {expected}, got {tuple(label_scores.shape)}.")
-        self.check_vocab_size(vocab_size)
-        if labels is None:
-            axis = torch.arange(self.num_labels, device=label_scores.device)
-            labels = axis[axis != self.blank_id]
-            label_scores = label_scores.index_select(1, labels)
-        tokens = self.labels_to_tokens(labels).expand_as(label_scores)
-        spread = label_scores.new_full((label_scores.shape[0], vocab_size), -math.inf)
-        return spread.scatter_(1, tokens, label_scores)
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Raises ValueError if some label's token does not fit a vocabulary of this size."""

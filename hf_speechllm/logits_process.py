@@ -1,7 +1,7 @@
 """Adapter of the CTC prefix scorer to transformers' `generate`: joint LLM and CTC decoding for any model.
 
 Shape legend: B utterances, K beams (or samples) per utterance, N = B*K rows, W width of `input_ids`, V vocabulary,
-U' labels scored by CTC.
+U' labels scored by CTC, C candidate tokens per row, M labels of a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from .ctc_prefix_score import KEEP_LABEL, LOG_PROB_FLOOR, CTCPrefixScorer, CTCPrefixState
+from .label_chains import SILENT, LabelChains, extend_by_chains, score_chains, score_labels
 from .label_units import LabelUnits
+
+# Where tokens are chains of labels: candidates per hypothesis, and how far they may lag behind the best one.
+NUM_CANDIDATES = 32
+MARGIN_NATS = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +42,13 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
     without any token (`min_new_tokens` beyond what the audio can hold, a forced token CTC does not know), the row keeps
     its LLM log-probs. A token without a label that is chosen nevertheless leaves the CTC state as it is.
 
+    If tokens are chains of labels (`LabelChains`), psi(g.c) is that of the whole chain. It is computed for the
+    `num_candidates` tokens of each row that promise most, all others get -inf. What a token promises is its score with
+    psi of its first label: since psi only falls along a chain, that bounds its score, and is it where the chain is one
+    label. LLM and audio thus both propose candidates. About silent tokens, such as punctuation, CTC says nothing: they
+    score log p_LLM, not the share of it that words get. They are as dear as without CTC and cannot flood the beams,
+    which a factor of 1 in CTC's place would invite (at weight 1 it would be the best choice for ever).
+
     Takes logits or log-probs: they are normalised inside, and what another processor set to -inf stays -inf. Returns
     log-scores [N, V] that are not normalised (the sum over V is below 1). With `weight` 0 the scores pass untouched.
     Beam search should use `length_penalty=0.0, early_stopping="never"`, since the CTC score already settles the
@@ -55,7 +67,11 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
         scorer: made from the CTC log-probs of the B utterances, on the device of the model's logits.
         weight: share of CTC, 0 to 1.
         eos_token_id: the id or ids that end a hypothesis, as in `generate`.
-        label_units: which token each CTC label is; None if label ids are token ids. V may exceed the labels.
+        label_units: which token each CTC label is, or the chain of labels that spells each token; None if label ids are
+            token ids. V may exceed the labels.
+        num_candidates: with chains, tokens per row that are scored. A beam search picks from the best 2 K of a row.
+        margin: with chains, tokens that must end this many nats below the most promising one of their row get -inf as
+            soon as that is known, which spares most of the work. `math.inf` follows all chains to their end.
         parents: "auto" as described; "recompute" rebuilds every state from its tokens at each call, which is slow and
             serves as the reference.
 
@@ -70,14 +86,20 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
         scorer: CTCPrefixScorer,
         weight: float,
         eos_token_id: int | list[int] | Tensor,
-        label_units: LabelUnits | None = None,
+        label_units: LabelUnits | LabelChains | None = None,
         *,
+        num_candidates: int = NUM_CANDIDATES,
+        margin: float = MARGIN_NATS,
         parents: Literal["auto", "recompute"] = "auto",
     ) -> None:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight: expected 0 to 1 (share of the CTC score), got {weight}.")
         if parents not in ("auto", "recompute"):
             raise ValueError(f'parents: expected "auto" or "recompute", got {parents!r}.')
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates: expected at least 1 token per row, got {num_candidates}.")
+        if not margin >= 0.0:
+            raise ValueError(f"margin: expected 0 or more nats below the best token of a row, got {margin}.")
         eos_token_ids = torch.as_tensor(eos_token_id, device=scorer.device).reshape(-1)
         if eos_token_ids.numel() == 0 or eos_token_ids.is_floating_point() or int(eos_token_ids.min()) < 0:
             raise ValueError(f"eos_token_id: expected one or more token ids, got {eos_token_id}.")
@@ -93,6 +115,10 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
         self.eos_token_ids = eos_token_ids
         self._highest_eos = int(eos_token_ids.max())  # kept here: reading it from the device would wait for it
         self.label_units = label_units.to(scorer.device)
+        axis = torch.arange(scorer.num_labels, device=scorer.device)
+        self._labels = axis[axis != scorer.blank_id]  # [U]
+        self.num_candidates = num_candidates
+        self.margin = margin
         self.parents = parents
         self._step: _Step | None = None
         self._parent: Tensor | None = None
@@ -158,9 +184,13 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
         """One token more; `parent` [N] are rows of `last`."""
         token = input_ids[:, -1]
         is_finished = last.is_finished[parent] | torch.isin(token, self.eos_token_ids)
+        if isinstance(self.label_units, LabelUnits):
+            labels = self.label_units.tokens_to_labels(token)[:, None]
+        else:
+            labels = self.label_units.spell(token, last.state.last_label[parent])  # N, M
         # After EOS come padding tokens, which may well be labels of their own.
-        label = self.label_units.tokens_to_labels(token).masked_fill(is_finished, KEEP_LABEL)
-        state = self.scorer.advance(last.state, parent, label)
+        labels = labels.masked_fill(is_finished[:, None], KEEP_LABEL)
+        state = extend_by_chains(self.scorer, last.state, parent, labels)
         return _Step(input_ids.clone(), last.prompt_width, is_finished, state)
 
     def _replay(self, input_ids: Tensor, prompt_width: int) -> _Step:
@@ -185,33 +215,70 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
 
     def _mix(self, state: CTCPrefixState, scores: Tensor) -> Tensor:
         psi = state.prefix_log_prob
-        psi = psi.masked_fill(psi == -math.inf, 0.0)  # impossible hypothesis: all its continuations are -inf already
-        label_gain = self.scorer.score(state) - psi[:, None]  # N, U'
-        # An impossible hypothesis may still end.
-        eos_gain = (self.scorer.eos(state) - psi).clamp(min=LOG_PROB_FLOOR)
-
-        labels = self.scorer.labels
-        if labels is not None:
-            labels = labels.repeat_interleave(len(state) // labels.shape[0], 0)  # B, U' -> N, U'
-            tokens = self.label_units.labels_to_tokens(labels)
-        else:
-            # The blank has no token; what is read in its place meets a gain of -inf and is dropped by scatter.
-            tokens = self.label_units.label_to_token.clamp(min=0).expand_as(label_gain)
-
+        psi = psi.masked_fill(psi == -math.inf, 0.0)[:, None]  # impossible hypothesis: its continuations are -inf
         normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
-        label_scores = self._joint(scores.gather(1, tokens), normaliser, label_gain)
-        eos_scores = self._joint(scores[:, self.eos_token_ids], normaliser, eos_gain[:, None])
-        joint = self.label_units.scatter(label_scores.to(scores.dtype), scores.shape[1], labels)
+        if isinstance(self.label_units, LabelUnits):
+            tokens, gain = self._label_gains(self.label_units, state, psi)
+        else:
+            tokens, gain = self._chain_gains(self.label_units, state, psi, scores, normaliser)
+        # An impossible hypothesis may still end.
+        eos_gain = (self.scorer.eos(state)[:, None] - psi).clamp(min=LOG_PROB_FLOOR)
+
+        token_scores = self._joint(scores.gather(1, tokens) - normaliser, gain)
+        eos_scores = self._joint(scores[:, self.eos_token_ids] - normaliser, eos_gain)
+        joint = torch.full_like(scores, -math.inf).scatter_(1, tokens, token_scores.to(scores.dtype))
         joint[:, self.eos_token_ids] = eos_scores.to(scores.dtype)
 
-        is_stuck = ~(label_scores.isfinite().any(1) | eos_scores.isfinite().any(1))
+        is_stuck = ~(token_scores.isfinite().any(1) | eos_scores.isfinite().any(1))
         if bool(is_stuck.any()):
             joint[is_stuck] = (scores - normaliser)[is_stuck]
         return joint
 
-    def _joint(self, scores: Tensor, normaliser: Tensor, ctc_gain: Tensor) -> Tensor:
-        joint = (1.0 - self.weight) * (scores - normaliser) + self.weight * ctc_gain
-        return joint.masked_fill(scores == -math.inf, -math.inf)  # weight 1 would make NaN of a forbidden token
+    def _label_gains(self, units: LabelUnits, state: CTCPrefixState, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of all scored labels and what CTC adds for them, psi(g.c) - psi(g): [N, U'] each."""
+        gain, labels = self.scorer.score(state) - psi, self.scorer.labels
+        if labels is not None:
+            labels = labels.repeat_interleave(len(state) // labels.shape[0], 0)  # B, U' -> N, U'
+            return units.labels_to_tokens(labels), gain
+        tokens = units.labels_to_tokens(self._labels).expand(len(state), -1)
+        return tokens, gain.index_select(1, self._labels)
+
+    def _chain_gains(
+        self, chains: LabelChains, state: CTCPrefixState, psi: Tensor, scores: Tensor, normaliser: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The candidate tokens of each row and what CTC adds for them: [N, C] each."""
+        label_scores = score_labels(self.scorer, state)  # N, A
+        promise = self._promise(chains, state, label_scores - psi, scores, normaliser)  # N, V
+        tokens = promise.topk(min(self.num_candidates, promise.shape[1]), dim=1, sorted=False).indices  # N, C
+
+        labels = chains.spell(tokens, state.last_label[:, None])  # N, C, M
+        is_silent = labels[:, :, 0] == SILENT
+        llm = scores.gather(1, tokens) - normaliser
+        # The joint score is weight * (priority + gain).
+        priority = torch.where(is_silent, llm, (1.0 - self.weight) * llm).masked_fill(llm == -math.inf, -math.inf)
+        priority = priority / self.weight
+        gain = score_chains(
+            self.scorer, state, label_scores, labels, priority=priority, margin=self.margin / self.weight
+        )
+        return tokens, torch.where(is_silent, llm, gain - psi)
+
+    def _promise(
+        self, chains: LabelChains, state: CTCPrefixState, gain: Tensor, scores: Tensor, normaliser: Tensor
+    ) -> Tensor:
+        """[N, V] joint scores by the first label only, `gain` [N, A] in nats, up to a constant per row."""
+        scores = scores[:, : chains.vocab_size]  # what is beyond cannot be spelled
+        first = chains.first_labels(state.last_label)[:, : scores.shape[1]]  # N, V
+        gain = torch.nn.functional.pad(self.weight * gain.to(scores.dtype), (0, 2), value=-math.inf)  # N, A+2
+        promise = gain.gather(1, first).add_(scores, alpha=1.0 - self.weight)
+        # A few hundred tokens may be silent. As elsewhere they get (1 - weight) * normaliser too much.
+        silent = chains.silent_ids
+        silent_scores = scores[:, silent] - self.weight * normaliser
+        promise[:, silent] = torch.where(first[:, silent] == chains.num_labels + 1, silent_scores, promise[:, silent])
+        return promise.masked_fill_(scores == -math.inf, -math.inf)  # NaN at weight 1
+
+    def _joint(self, llm: Tensor, ctc_gain: Tensor) -> Tensor:
+        joint = (1.0 - self.weight) * llm + self.weight * ctc_gain
+        return joint.masked_fill(llm == -math.inf, -math.inf)  # weight 1 would make NaN of a forbidden token
 
     def _check_call(self, input_ids: Tensor, scores: Tensor) -> None:
         if input_ids.device != self.scorer.device or scores.device != self.scorer.device:

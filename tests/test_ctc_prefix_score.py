@@ -152,7 +152,7 @@ def test_advance_selects_permutes_and_repeats_parents() -> None:
     parent, label = torch.tensor([2, 0, 0, 2, 5, 3, 3, 4]), torch.tensor([1, 1, 2, KEEP_LABEL, 2, 4, 1, 3])
     got = scorer.advance(state, parent, label)
     want = state_of(scorer, [(3, 1), (1, 1), (1, 2), (3,), (2, 2, 2), (1, 2, 4), (1, 2, 1), (4, 3)])
-    for name in ("log_prob_nonblank", "log_prob_blank", "prefix_log_prob", "last_label"):
+    for name in ("log_prob_nonblank", "log_prob_blank", "prefix_log_prob", "repeat_log_prob", "last_label"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=1e-12)
     torch.testing.assert_close(scorer.score(got), scorer.score(want), rtol=0, atol=1e-12)
 
@@ -164,6 +164,7 @@ def test_keep_label_copies_the_state_exactly() -> None:
     assert torch.equal(kept.log_prob_blank, state.log_prob_blank)
     assert torch.equal(kept.log_prob_nonblank, state.log_prob_nonblank)
     assert torch.equal(kept.prefix_log_prob, state.prefix_log_prob)
+    assert torch.equal(kept.repeat_log_prob, state.repeat_log_prob)
     assert kept.last_label.tolist() == [2]
 
 
@@ -173,16 +174,17 @@ def test_state_is_frozen() -> None:
         scorer.init(1).last_label = torch.tensor([1])
 
 
-@pytest.mark.parametrize("num_candidates", [1, 3, 40])  # by columns, and by the full product
+@pytest.mark.parametrize("num_candidates", [0, 1, 3, 40])  # by columns, and by the full product
 def test_candidates_equal_full_scores(num_candidates: int) -> None:
     scorer = CTCPrefixScorer.from_log_probs(random_log_probs(2, 10, 30), torch.tensor([10, 7]), 29)
     state = state_of(scorer, [(1,), (), (4, 4), (28,)])
     labels = torch.randint(0, 29, (4, num_candidates), generator=torch.Generator().manual_seed(0))
-    labels[0, 0], labels[2, 0] = 1, 4  # repeats
+    if num_candidates:
+        labels[0, 0], labels[2, 0] = 1, 4  # repeats
     want = scorer.score(state).gather(1, labels)
     torch.testing.assert_close(scorer.score_candidates(state, labels), want, rtol=0, atol=1e-12)
-    labels[:, -1] = torch.tensor([29, -1, 29, -1])
-    assert (scorer.score_candidates(state, labels)[:, -1] == -math.inf).all()
+    labels[:, -1:] = torch.tensor([[29], [-1], [29], [-1]])
+    assert (scorer.score_candidates(state, labels)[:, -1:] == -math.inf).all()
 
 
 @pytest.mark.parametrize("num_candidates", [1, 12])
@@ -217,6 +219,93 @@ def test_top_k_takes_the_maximum_over_valid_frames() -> None:
     assert scorer.labels.tolist() == [[0, 2]]
     everything = CTCPrefixScorer.from_log_probs(probs.log(), torch.tensor([15]), 4, top_k=99)
     assert everything.labels.tolist() == [[0, 1, 2, 3]]
+
+
+class RecordingHead:
+    """A CTC head that keeps the sizes of what it returned."""
+
+    def __init__(self, log_probs: torch.Tensor) -> None:
+        self.log_probs = log_probs
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, start: int, end: int) -> torch.Tensor:
+        self.calls.append((start, end))
+        return self.log_probs[:, start:end].clone()
+
+
+@pytest.mark.parametrize("chunk_frames", [1, 4, 7, 50])
+@pytest.mark.parametrize("lengths", [[10, 6], [3, 10], [0, 9], [0, 0]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_head_in_chunks_makes_the_same_scorer(chunk_frames: int, lengths: list[int], dtype: torch.dtype) -> None:
+    log_probs = random_log_probs(2, 12, 30, seed=6).to(dtype)
+    for row, length in enumerate(lengths):
+        log_probs[row, length:] = math.nan
+    head = RecordingHead(log_probs)
+    got = CTCPrefixScorer.from_head(head, torch.tensor(lengths), 3, top_k=5, chunk_frames=chunk_frames)
+    want = CTCPrefixScorer.from_log_probs(log_probs, torch.tensor(lengths), 3, top_k=5)
+    for name, value in vars(want).items():
+        other = getattr(got, name)
+        if isinstance(value, torch.Tensor):
+            assert other.dtype == value.dtype, name
+            torch.testing.assert_close(other, value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert other == value, name
+    assert max(end for _, end in head.calls) == max(lengths)  # padding of all utterances is not even computed
+
+
+def test_head_in_chunks_never_sees_all_frames_and_labels() -> None:
+    num_labels, kept = 2000, []
+    log_probs = random_log_probs(2, 64, num_labels, seed=1).float()
+    head = RecordingHead(log_probs)
+    scorer = CTCPrefixScorer.from_head(head, torch.tensor([64, 50]), 0, top_k=16, chunk_frames=8)
+    assert head.calls == [(start, start + 8) for start in range(0, 64, 8)] * 2  # two passes
+    state = scorer.advance(scorer.init(2), torch.arange(4), scorer.labels[:, :2].flatten())
+    scorer.score(state)
+    for value in vars(scorer).values():
+        if isinstance(value, torch.Tensor):
+            kept.append(value.untyped_storage().nbytes())  # the storage: a view of a chunk would keep it alive
+    # The column map [B, 1 + A], log-probs and probabilities [B, T, 17], blanks and padding [B, T], labels [B, 16].
+    assert sum(kept) == 2 * (num_labels + 1) * 8 + 2 * 64 * (17 * 4 * 2 + 8 + 1) + 2 * 16 * 8
+    assert sum(kept) < log_probs.nbytes / 15
+
+
+def test_head_runs_without_gradients() -> None:
+    weight = torch.randn(3, 5, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
+    scorer = CTCPrefixScorer.from_head(
+        lambda start, end: (hidden[:, start:end] @ weight).log_softmax(-1), torch.tensor([6]), 0, top_k=2
+    )
+    assert not scorer.score(scorer.init(1)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"top_k": 0}, ValueError, r"top_k: expected at least 1.*got 0"),
+        ({"chunk_frames": 0}, ValueError, r"chunk_frames: expected at least 1, got 0"),
+        ({"blank_id": 4}, ValueError, r"blank_id: expected 0 to 3.*got 4"),
+        ({"lengths": torch.tensor([5.0, 3.0])}, TypeError, r"lengths: expected an integer tensor"),
+        ({"lengths": torch.tensor([5, -3])}, ValueError, r"lengths: expected at least 0 frames, got -3 to 5"),
+        ({"lengths": torch.tensor(5)}, ValueError, r"lengths: expected shape \(B,\)"),
+        ({"lengths": torch.tensor([9, 5])}, ValueError, r"log_prob_fn: expected shape \(2, 3, 4\) for frames 3 to 6"),
+        ({"lengths": torch.tensor([5])}, ValueError, r"log_prob_fn: expected shape \(1, 3, U\+1\) .*got \(2, 3, 4\)"),
+        ({"log_prob_fn": lambda s, e: torch.zeros(2, e - s, 1)}, ValueError, r"log_prob_fn: .*got \(2, 3, 1\)"),
+        ({"log_prob_fn": lambda s, e: torch.zeros(2, e - s, 4 + s)}, ValueError, r"\(2, 2, 4\).*got \(2, 2, 7\)"),
+        ({"log_prob_fn": lambda s, e: torch.zeros(2, e - s, 4).long()}, TypeError, r"log_prob_fn: .*got torch.int64"),
+    ],
+)
+def test_head_errors(changes: dict, error: type[Exception], message: str) -> None:
+    log_probs, lengths = log_probs_and_lengths()
+    arguments = {"log_prob_fn": RecordingHead(log_probs), "lengths": lengths, "blank_id": 0, "top_k": 2}
+    with pytest.raises(error, match=message):
+        CTCPrefixScorer.from_head(**(arguments | {"chunk_frames": 3} | changes))
+
+
+def test_bad_values_of_a_head_are_located() -> None:
+    log_probs, lengths = log_probs_and_lengths()
+    log_probs[0, 4, 1] = math.nan
+    with pytest.raises(ValueError, match=r"got nan in utterance 0, frame 4"):
+        CTCPrefixScorer.from_head(RecordingHead(log_probs), lengths, 0, top_k=2, chunk_frames=2)
 
 
 def test_label_outside_the_subset_costs_the_floor_and_stays_finite() -> None:
@@ -279,6 +368,33 @@ def test_half_and_single_precision_input(dtype: torch.dtype, tolerance: float) -
     rounded_psi, rounded_eos = textbook_prefix_log_prob(log_probs.to(dtype), 5, prefix)
     assert float(psi) == pytest.approx(rounded_psi, abs=1e-9)
     assert float(eos) == pytest.approx(rounded_eos, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_candidates", [2, 40])
+def test_products_of_single_precision_input_are_within_1e_5(num_candidates: int) -> None:
+    log_probs = random_log_probs(1, 1500, 40, seed=4, peak=3.0).float()
+    lengths, labels = torch.tensor([1500]), torch.randint(1, 40, (30,), generator=torch.Generator().manual_seed(1))
+    single = CTCPrefixScorer.from_log_probs(log_probs, lengths, 0)
+    double = CTCPrefixScorer.from_log_probs(log_probs.double(), lengths, 0)
+    candidates = torch.arange(40)[None, -num_candidates:]
+    state = single.init(1)
+    for label in labels:
+        state = single.advance(state, torch.tensor([0]), label[None])
+        want = double.score(state)
+        assert not (single.score(state) - want)[:, 1:].abs().max() > 1e-5
+        assert not (single.score_candidates(state, candidates) - want[:, candidates[0]])[:, 1:].abs().max() > 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "depth"), [(torch.float32, 80.0), (torch.float64, 690.0)])
+def test_improbable_labels_keep_a_score_down_to_the_documented_depth(dtype: torch.dtype, depth: float) -> None:
+    log_probs = torch.full((1, 3, 4), -depth - 100.0, dtype=dtype)
+    log_probs[0, :, 0] = 0.0
+    log_probs[0, 1, 1] = 1.0 - depth
+    scorer = CTCPrefixScorer.from_log_probs(log_probs, torch.tensor([3]), 0)
+    score = scorer.score(scorer.init(1))[0]
+    assert float(score[1]) == pytest.approx(1.0 - depth, abs=1e-4)
+    assert score[2] == -math.inf
+    assert scorer.score_candidates(scorer.init(1), torch.tensor([[1]]))[0, 0] == pytest.approx(float(score[1]))
 
 
 def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,8 +497,9 @@ def log_probs_and_lengths() -> tuple[torch.Tensor, torch.Tensor]:
         (lambda x, n: (x, n.float(), 0), TypeError, r"lengths: expected an integer tensor.*got torch.float32"),
         (lambda x, n: (x, n > 3, 0), TypeError, r"lengths: expected an integer tensor.*got torch.bool"),
         (lambda x, n: (x, n[:1], 0), ValueError, r"lengths: expected shape \(2,\).*got \(1,\)"),
+        (lambda x, n: (x, n[:, None], 0), ValueError, r"lengths: expected shape \(B,\).*got \(2, 1\)"),
         (lambda x, n: (x, n + 1, 0), ValueError, r"lengths: expected 0 to 5 frames.*got 4 to 6"),
-        (lambda x, n: (x, n - 4, 0), ValueError, r"lengths: expected 0 to 5 frames.*got -1 to 1"),
+        (lambda x, n: (x, n - 4, 0), ValueError, r"lengths: expected at least 0 frames, got -1 to 1"),
         (lambda x, n: (x, n, 4), ValueError, r"blank_id: expected 0 to 3.*got 4"),
         (lambda x, n: (x, n, -1), ValueError, r"blank_id: expected 0 to 3.*got -1"),
         (lambda x, n: (x, n, 0, 0), ValueError, r"top_k: expected at least 1, or None.*got 0"),

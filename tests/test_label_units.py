@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -32,26 +30,6 @@ def test_identical_ids(blank_id: int) -> None:
     assert units.labels_to_tokens(torch.tensor(labels)).tolist() == labels
     assert units.tokens_to_labels(torch.tensor(labels)).tolist() == labels
     assert units.tokens_to_labels(torch.tensor([blank_id, 5])).tolist() == [-1, -1]
-
-
-@pytest.mark.parametrize("blank_id", [0, 1, 2])
-def test_scatter_whole_axis_drops_the_blank(blank_id: int) -> None:
-    units = LabelUnits.from_token_ids(torch.tensor([0, 3]), vocab_size=4, blank_id=blank_id)
-    scores = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    axis = torch.full((2, 3), 99.0)
-    axis[:, [label for label in range(3) if label != blank_id]] = scores
-    spread = units.scatter(axis, vocab_size=6)  # wider than the vocabulary: padded LLM output
-    assert spread[:, [0, 3]].tolist() == scores.tolist()
-    assert (spread[:, [1, 2, 4, 5]] == -math.inf).all()
-
-
-def test_scatter_subset_differs_by_row() -> None:
-    units = LabelUnits.from_token_ids(torch.tensor([5, 4, 1]), vocab_size=6, blank_id=0)
-    labels = torch.tensor([[1, 3], [2, 3]])
-    spread = units.scatter(torch.tensor([[0.5, 0.25], [0.1, 0.2]], dtype=torch.float64), 6, labels)
-    assert spread.dtype == torch.float64
-    inf = math.inf
-    assert spread.tolist() == [[-inf, 0.25, -inf, -inf, -inf, 0.5], [-inf, 0.2, -inf, -inf, 0.1, -inf]]
 
 
 def test_to_keeps_the_correspondence() -> None:
@@ -87,11 +65,8 @@ def test_identical_errors() -> None:
         LabelUnits.identical(num_labels=5, vocab_size=3, blank_id=4)
 
 
-def test_scatter_errors() -> None:
+def test_vocabulary_too_small() -> None:
     units = LabelUnits.from_token_ids(torch.tensor([5, 1]), vocab_size=6, blank_id=0)
-    with pytest.raises(ValueError, match=r"label_scores: expected shape \(2, 3\), got \(2, 2\)"):
-        units.scatter(torch.zeros(2, 2), 6)
-    with pytest.raises(ValueError, match=r"label_scores: expected shape \(2, 1\), got \(2, 2\)"):
-        units.scatter(torch.zeros(2, 2), 6, torch.tensor([[1], [2]]))
+    units.check_vocab_size(6)
     with pytest.raises(ValueError, match=r"vocab_size: expected at least 6, .*token 5, got 5"):
-        units.scatter(torch.zeros(2, 3), 5)
+        units.check_vocab_size(5)
