@@ -2,25 +2,65 @@
 
 Decoding options beyond those of transformers, saved in `generation_config` and overridable per call:
 
-- `ctc_weight` (0 to 1, default 0): weight w of the CTC prefix score, `(1-w) log p_LLM + w log p_CTC`.
-- `mode`: `"llm"` (default), the language model, jointly with CTC where `ctc_weight > 0`; `"ctc_greedy"`, the best CTC
-  path without the language model.
+- `mode`: `"llm"` (default), the language model hears, jointly with CTC where `ctc_weight > 0`; `"ctc_greedy"`, the best
+  CTC path; `"ctc_beam"`, a beam search over CTC labels; `"rescoring"`, `"label_fusion"`, `"delayed_fusion"`, such a
+  search combined with the plain language model (its LoRA off), see `combination.py`.
+- `ctc_weight` (0 to 1, default 0): weight w of the CTC prefix score in mode `"llm"`, `(1-w) log p_LLM + w log p_CTC`.
+- `lm_weight`, `prior_weight`, `length_reward` (default 0), `ctc_beam_size` (16), `fusion_interval` (1 frame): of the
+  combined modes, see [`SearchOptions`]. In mode `"llm"` they apply to a language model given as `lm`.
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import ModelOutput
 
 from .audio_encoders import lens_to_mask
+from .combination import FUSION_OF_MODE, SearchOptions, pad_hypotheses, search_ctc
 from .ctc_prefix_score import CTCPrefixScorer
+from .ctc_text import LabelsToText
+from .hypothesis import Hypothesis
 from .label_units import LabelUnits
+from .lm_score import CausalLMScorer
 from .logits_process import CTCPrefixLogitsProcessor
+from .shallow_fusion import ShallowFusionLogitsProcessor
 
-MODES = ("llm", "ctc_greedy")
-OPTION_DEFAULTS = {"ctc_weight": 0.0, "mode": "llm"}
+MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
+OPTION_DEFAULTS = {
+    "mode": "llm",
+    "ctc_weight": 0.0,
+    "lm_weight": 0.0,
+    "prior_weight": 0.0,
+    "length_reward": 0.0,
+    "ctc_beam_size": 16,
+    "fusion_interval": 1,
+}
+
+
+@dataclass
+class SpeechLLMSearchOutput(ModelOutput):
+    """Output of `generate(return_dict_in_generate=True)` in the modes that search over CTC labels.
+
+    Args:
+        sequences (`torch.Tensor` of shape `[B * num_return_sequences, N]`): Token ids, padded on the right.
+        sequences_scores (`torch.Tensor` of shape `[B * num_return_sequences]`): Combined scores, in nats.
+        hypotheses (`list[list[Hypothesis]]`): Per utterance, best first, with the separate scores of CTC, language
+            model and prior.
+    """
+
+    sequences: torch.Tensor | None = None
+    sequences_scores: torch.Tensor | None = None
+    hypotheses: list[list[Hypothesis]] | None = None
 
 
 class SpeechLLMGenerationMixin(GenerationMixin):
@@ -35,6 +75,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         input_features_mask: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        lm: CausalLMScorer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         labels: torch.Tensor | None = None,
         ctc_targets: torch.Tensor | None = None,
         **kwargs: Any,
@@ -50,13 +92,16 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             input_features_mask: `[B, S]`, 1 on valid steps.
             generation_config: Goes before the model's own, which fills in what this one leaves at `None`.
             logits_processor: Further processors, applied after the joint CTC score.
+            lm: A language model to combine with. In the combined modes it takes the place of the model's own; in mode
+                `"llm"` it is added by shallow fusion and must have the same vocabulary.
+            tokenizer: That of the language model (the processor's); modes `"rescoring"` and `"delayed_fusion"` need it.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
-            kwargs: Any option of transformers' `generate`, `ctc_weight` and `mode`.
+            kwargs: Any option of transformers' `generate`, and those listed at the head of this module.
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
-            these are given. With `return_dict_in_generate=True` and the mode `"llm"` the output of the language model's
-            `generate`.
+            these are given. With `return_dict_in_generate=True` the output of the language model's `generate` in mode
+            `"llm"`, a [`SpeechLLMSearchOutput`] in the modes that search over CTC labels.
 
         Raises:
             ValueError: If an option is out of range, or needs a CTC head with labels that are LLM tokens.
@@ -71,18 +116,30 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         own = self.generation_config.to_dict()
         generation_config.update(**own, defaults_only=True, allow_custom_entries=True)
         options = {name: _pop_option(name, kwargs, generation_config) for name in OPTION_DEFAULTS}
-        self._check_options(**options)
+        self._check_options(options, lm)
+        if options["mode"] in FUSION_OF_MODE:
+            # transformers allows several results for its own beam search only.
+            n_best = kwargs.pop("num_return_sequences", None) or generation_config.num_return_sequences or 1
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
         if options["mode"] == "ctc_greedy":
             audio = self.encode(input_features, input_features_mask)
             sequences = self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)
             return _after_prompt(input_ids, sequences)
+        if options["mode"] in FUSION_OF_MODE:
+            audio = self.encode(input_features, input_features_mask)
+            output = self._search_ctc(audio, options, n_best, generation_config, lm, tokenizer)
+            output.sequences = _after_prompt(input_ids, output.sequences)
+            return output if generation_config.return_dict_in_generate else output.sequences
 
         audio = self.get_audio_features(input_features, input_features_mask)
         inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
         processors = LogitsProcessorList()
         if options["ctc_weight"] > 0.0:
             processors.append(self._ctc_processor(audio, options["ctc_weight"], generation_config.eos_token_id))
+        if lm is not None and options["lm_weight"] != 0.0:
+            processors.append(
+                ShallowFusionLogitsProcessor(lm, options["lm_weight"], eos_token_id=generation_config.eos_token_id)
+            )
         processors.extend(logits_processor or [])
         if "past_key_values" not in kwargs:
             kwargs["past_key_values"] = self._prefill_once(inputs_embeds, mask, generation_config)
@@ -123,31 +180,74 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         cache.batch_repeat_interleave(copies)
         return cache
 
-    def _check_options(self, ctc_weight: float, mode: str) -> None:
+    def _check_options(self, options: dict[str, Any], lm: CausalLMScorer | None) -> None:
+        mode, ctc_weight = options["mode"], options["ctc_weight"]
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
         if not 0.0 <= ctc_weight <= 1.0:
             raise ValueError(f"ctc_weight must lie between 0 (language model only) and 1 (CTC only), got {ctc_weight}.")
-        if (ctc_weight > 0.0 or mode == "ctc_greedy") and self.config.ctc_token_ids is None:
+        for name in ("ctc_beam_size", "fusion_interval"):
+            if options[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {options[name]}.")
+        if lm is not None and mode in ("ctc_greedy", "ctc_beam"):
+            raise ValueError(f"lm: mode {mode!r} uses no language model; choose 'rescoring' or 'delayed_fusion'.")
+        is_joint = mode == "llm" and ctc_weight > 0.0
+        if is_joint and self.config.ctc_chain_length is not None:
+            return  # the chains say how labels and tokens are related, whatever the labels are
+        if (is_joint or mode != "llm") and self.config.ctc_token_ids is None:
             raise ValueError(
                 f"ctc_weight={ctc_weight}, mode={mode!r} need a CTC head whose labels are tokens of the language model "
                 "(config.ctc_token_ids); this model has none. Use ctc_weight=0 and mode='llm'."
             )
 
-    def _ctc_processor(
-        self, audio: ModelOutput, ctc_weight: float, eos_token_id: int | list[int] | None
-    ) -> CTCPrefixLogitsProcessor:
-        device = self.get_input_embeddings().weight.device
-        config = self.config
-        scorer = CTCPrefixScorer.from_log_probs(
-            audio.ctc_log_probs.to(device), audio.encoder_out_lens.to(device), config.blank_id
+    def _search_ctc(
+        self,
+        audio: ModelOutput,
+        options: dict[str, Any],
+        n_best: int,
+        generation_config: GenerationConfig,
+        lm: CausalLMScorer | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> SpeechLLMSearchOutput:
+        """Beam search over CTC labels, combined with `lm` or the model's own language model without its adapters."""
+        config, mode = self.config, options["mode"]
+        search = SearchOptions(
+            n_best=n_best, **{name: value for name, value in options.items() if name != "ctc_weight"}
         )
         units = LabelUnits.from_token_ids(
             torch.tensor(config.ctc_token_ids), config.text_config.vocab_size, config.blank_id
         )
+        needs_text = search.fusion == "delayed"
+        if tokenizer is None and (needs_text or (lm is None and mode != "ctc_beam")):
+            raise ValueError(f"tokenizer is required for mode {mode!r}: pass tokenizer=processor.tokenizer.")
+        with self.plain_language_model():
+            if lm is None and mode != "ctc_beam":
+                lm = CausalLMScorer(self.language_model, tokenizer)
+            nbests = search_ctc(
+                audio.ctc_log_probs,
+                audio.encoder_out_lens,
+                config.blank_id,
+                self.ctc_head.log_prior,
+                lm,
+                search,
+                units,
+                _speller(tokenizer, config.ctc_token_ids) if needs_text else None,
+            )
+        tokens, scores = pad_hypotheses(
+            nbests, units.label_to_token.to(audio.ctc_log_probs.device), n_best, _pad_token_id(generation_config)
+        )
+        return SpeechLLMSearchOutput(sequences=tokens, sequences_scores=scores, hypotheses=nbests)
+
+    def _ctc_processor(
+        self, audio: ModelOutput, ctc_weight: float, eos_token_id: int | list[int] | None
+    ) -> CTCPrefixLogitsProcessor:
+        device = self.get_input_embeddings().weight.device
+        scorer = CTCPrefixScorer.from_log_probs(
+            audio.ctc_log_probs.to(device), audio.encoder_out_lens.to(device), self.config.blank_id
+        )
         if eos_token_id is None:
             raise ValueError("eos_token_id is required for joint decoding; set it in generation_config.")
-        return CTCPrefixLogitsProcessor(scorer, ctc_weight, eos_token_id, units)
+        return CTCPrefixLogitsProcessor(scorer, ctc_weight, eos_token_id, self.label_units)
 
     def _ctc_greedy_tokens(
         self, ctc_log_probs: torch.Tensor, lens: torch.Tensor, generation_config: GenerationConfig
@@ -160,15 +260,22 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         repeated[:, 1:] = path[:, 1:] == path[:, :-1]
         keep = (path != blank_id) & ~repeated
         token_ids = torch.tensor(self.config.ctc_token_ids, device=path.device)
-        eos = generation_config.eos_token_id
-        pad = generation_config.pad_token_id
-        pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
-        if pad is None:
-            raise ValueError(
-                "pad_token_id or eos_token_id is required to pad the results; set it in generation_config."
-            )
         rows = [token_ids[labels[kept]] for labels, kept in zip(path, keep, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_pad_token_id(generation_config))
+
+
+def _speller(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> LabelsToText:
+    """Text of CTC labels that are tokens."""
+    return lambda labels: tokenizer.decode([token_ids[label] for label in labels], clean_up_tokenization_spaces=False)
+
+
+def _pad_token_id(generation_config: GenerationConfig) -> int:
+    eos = generation_config.eos_token_id
+    pad = generation_config.pad_token_id
+    pad = pad if pad is not None else (eos[0] if isinstance(eos, list) else eos)
+    if pad is None:
+        raise ValueError("pad_token_id or eos_token_id is required to pad the results; set it in generation_config.")
+    return pad
 
 
 def _pop_option(name: str, kwargs: dict[str, Any], generation_config: GenerationConfig) -> Any:

@@ -23,6 +23,8 @@ from transformers import (
 
 from hf_speechllm import SpeechLLMPipeline
 from hf_speechllm.audio import AudioError
+from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
+from hf_speechllm.lm_score import CausalLMScorer
 
 RATE = 16_000
 TASK = "automatic-speech-recognition"
@@ -246,6 +248,66 @@ def test_ctc_weight_and_mode_change_the_text(pipe, texts):
 def test_options_of_a_call_win_over_those_of_the_construction(pipe, folder):
     other = pipeline(TASK, model=folder, ctc_weight=0.0, num_beams=4)
     assert other(CLIPS[3], ctc_weight=0.9, num_beams=1) == pipe(CLIPS[3], ctc_weight=0.9)
+
+
+ALL_OPTIONS = {
+    "mode": "delayed_fusion",
+    "ctc_weight": 0.25,
+    "lm_weight": 0.7,
+    "prior_weight": 0.1,
+    "length_reward": 0.6,
+    "ctc_beam_size": 3,
+    "fusion_interval": 2,
+}
+
+
+def test_every_option_of_ours_and_the_tokenizer_reach_generate(pipe, folder, monkeypatch):
+    assert set(ALL_OPTIONS) == set(OPTION_DEFAULTS)
+    assert all(value != OPTION_DEFAULTS[name] for name, value in ALL_OPTIONS.items())
+    expected = tiny_processor().batch_decode(
+        pipe.model.generate(
+            **tiny_processor()(CLIPS[1], sampling_rate=RATE), **ALL_OPTIONS, tokenizer=tiny_processor().tokenizer
+        )
+    )[0]
+    calls = options_of_generate(pipe, monkeypatch)
+    assert pipe(CLIPS[1], **ALL_OPTIONS)["text"] == expected
+    assert pipe(CLIPS[1], generate_kwargs=ALL_OPTIONS)["text"] == expected
+    constructed = pipeline(TASK, model=folder, **ALL_OPTIONS)
+    assert constructed(CLIPS[1])["text"] == expected
+    assert len(calls) == 3
+    for call, owner in zip(calls, (pipe, pipe, constructed), strict=True):
+        assert {name: call[name] for name in ALL_OPTIONS} == ALL_OPTIONS
+        assert call["tokenizer"] is owner.tokenizer
+
+
+@pytest.mark.parametrize("mode", ["ctc_beam", "rescoring", "label_fusion", "delayed_fusion"])
+def test_modes_that_search_ctc_labels_give_in_a_batch_what_they_give_alone(pipe, mode):
+    options = {"mode": mode, "lm_weight": 0.7, "length_reward": 0.5, "ctc_beam_size": 4}
+    singles = [pipe(clip, **options) for clip in CLIPS]
+    assert pipe(CLIPS, batch_size=4, **options) == singles
+    assert len({single["text"] for single in singles}) > 1
+
+
+def test_a_language_model_is_given_by_folder_or_as_a_scorer_and_loaded_once(pipe, folder, tmp_path, monkeypatch):
+    other = lively(tiny_model(seed=7)).language_model
+    other.save_pretrained(tmp_path)
+    tiny_processor().tokenizer.save_pretrained(tmp_path)
+    scorer = CausalLMScorer(other, tiny_processor().tokenizer)
+    options = {"mode": "rescoring", "lm_weight": 2.0, "ctc_beam_size": 4}
+    inputs = tiny_processor()(CLIPS[1], sampling_rate=RATE)
+    tokens = pipe.model.generate(**inputs, lm=scorer, tokenizer=scorer.tokenizer, **options)
+    expected = tiny_processor().batch_decode(tokens)[0]
+    assert expected != pipe(CLIPS[1], **options)["text"]
+    assert (
+        pipe(CLIPS[1], lm=scorer, **options)["text"] == pipe(CLIPS[1], lm=str(tmp_path), **options)["text"] == expected
+    )
+    constructed = pipeline(TASK, model=folder, lm=tmp_path, **options)
+    calls = options_of_generate(pipe, monkeypatch)
+    assert [constructed(clip)["text"] for clip in CLIPS[:2]][1] == expected
+    assert calls[0]["lm"] is calls[1]["lm"]
+    assert pipe(CLIPS[1], **options)["text"] != expected, "the language model of a call must not outlive it"
+    with pytest.raises(TypeError, match="lm: expected a Hub id, a folder or a CausalLMScorer, got LlamaForCausalLM"):
+        pipe(CLIPS[1], lm=other)
 
 
 def test_bfloat16_is_accepted(folder):

@@ -23,7 +23,8 @@ from transformers import (
 from hf_speechllm.hypothesis import Hypothesis
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.metrics import word_errors
-from hf_speechllm.rescoring import ScaleChoice, nbest_from_seq2seq, rescore_nbest, tune_scales
+from hf_speechllm.rescoring import nbest_from_seq2seq, rescore_nbest
+from hf_speechllm.scale_tuning import ScaleChoice, tune_scales
 
 TOKENIZER = tiny_tokenizer()
 VOCAB_SIZE = len(TOKENIZER) + 3

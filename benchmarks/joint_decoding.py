@@ -1,0 +1,96 @@
+"""What joint CTC decoding costs beside plain beam search: the default model on the samples, one thread.
+
+    python -m benchmarks.joint_decoding [--num-beams 4] [--repeats 5]
+
+Both searches make the same number of steps (`min_new_tokens = max_new_tokens`), in turns, on the same encoded audio, so
+that the difference is the CTC scorer and its logits processor. The share spent inside the processor is measured too.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
+
+import hf_speechllm
+from hf_speechllm.audio import load_audio
+from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
+
+SAMPLES = Path(__file__).parent.parent / "samples"
+
+
+class _Stopwatch:
+    """Seconds spent in `CTCPrefixLogitsProcessor.__call__` while it is installed."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._call = CTCPrefixLogitsProcessor.__call__
+
+    def __enter__(self) -> "_Stopwatch":
+        call = self._call
+
+        def timed(processor: CTCPrefixLogitsProcessor, *args: torch.Tensor) -> torch.Tensor:
+            start = time.perf_counter()
+            scores = call(processor, *args)
+            self.seconds += time.perf_counter() - start
+            return scores
+
+        CTCPrefixLogitsProcessor.__call__ = timed
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        CTCPrefixLogitsProcessor.__call__ = self._call
+
+
+def measure(model: torch.nn.Module, inputs: dict[str, torch.Tensor], options: dict, ctc_weight: float) -> tuple:
+    """Seconds of one `generate`, and of the CTC processor within."""
+    with _Stopwatch() as stopwatch:
+        start = time.perf_counter()
+        model.generate(**inputs, **options, ctc_weight=ctc_weight)
+        return time.perf_counter() - start, stopwatch.seconds
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="the default model if left out")
+    parser.add_argument("--num-beams", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.model or hf_speechllm.default_model()
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    steps = arguments.new_tokens
+    options = {
+        "num_beams": arguments.num_beams,
+        "min_new_tokens": steps,
+        "max_new_tokens": steps,
+        "length_penalty": 0.0,
+        "early_stopping": "never",
+    }
+    print("| clip | seconds of audio | joint / plain beam search | share of CTC |\n|---|---|---|---|")
+    ratios = []
+    for path in sorted(SAMPLES.glob("*.flac")):
+        waveform = load_audio(str(path), processor.sampling_rate)
+        inputs = dict(processor(waveform, sampling_rate=processor.sampling_rate))
+        measure(model, inputs, options, 0.3)  # warm-up
+        plain, joint, shares = [], [], []
+        for _ in range(arguments.repeats):
+            plain.append(measure(model, inputs, options, 0.0)[0])
+            seconds, in_ctc = measure(model, inputs, options, 0.3)
+            joint.append(seconds)
+            shares.append(in_ctc / seconds)
+        ratio = statistics.median(joint) / statistics.median(plain)
+        ratios.append(ratio)
+        duration_s = len(waveform) / processor.sampling_rate
+        print(f"| {path.stem} | {duration_s:.1f} | {ratio:.3f} | {100 * statistics.median(shares):.1f} % |", flush=True)
+    print(f"| median | | {statistics.median(ratios):.3f} | |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""`pipeline("automatic-speech-recognition", model=..., lm=...)`: speech recognisers of others with a language model.
+
+CTC models (Wav2Vec2, HuBERT, Parakeet, ...) are searched with delayed fusion, or their N-best lists rescored;
+encoder-decoders (Whisper, Moonshine, ...) have the N-best list of their own beam search rescored.
+
+Shape legend: B pieces of audio, S input steps (samples or feature frames), T frames, A label axis of the CTC output,
+U labels, W words.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
+from transformers.utils import logging
+
+from .ctc_alignment import align, word_times
+from .ctc_beam_search import ctc_beam_search
+from .ctc_text import LabelsToText, labels_to_text_of
+from .hypothesis import Hypothesis
+from .pipeline_speechllm import LanguageModel, SegmentedPipeline, load_language_model
+from .processing_speechllm import MIN_DURATION_S
+from .rescoring import nbest_from_seq2seq, rescore_nbest
+
+FUSION_OPTIONS = ("lm_weight", "length_reward", "lm_lowercase", "fusion", "ctc_beam_size", "fusion_interval")
+_GENERATE_OPTIONS = ("num_beams", "max_new_tokens", "language", "task")  # of encoder-decoders
+DEFAULT_LM_WEIGHT = 0.5
+DEFAULT_MAX_PIECE_S = 30.0
+NO_LABEL = -1  # fills up rows of labels
+# CTC models whose frames are the same alone and in a padded batch with its mask. In others padding reaches valid frames
+# through convolutions or norms over time: each piece is run alone, and only the search takes the whole batch.
+_EXACT_IN_BATCHES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_ctc")
+
+logger = logging.get_logger(__name__)
+
+
+class FusionPipeline(SegmentedPipeline):
+    """
+    What the pipelines with a language model have in common.
+
+    Args:
+        model, feature_extractor, tokenizer, kwargs: As for `AutomaticSpeechRecognitionPipeline`; the options of the
+            subclass may be given here or in a call.
+        lm: Hub id, folder or [`CausalLMScorer`].
+        decoder: Not used; `pipeline` attaches one to models that come with an n-gram model.
+
+    Raises:
+        TypeError: If `lm` is something else, or an option is unknown.
+        ValueError: If an option is out of range, or model and tokenizer do not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        feature_extractor: SequenceFeatureExtractor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        lm: LanguageModel,
+        decoder: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__(model, feature_extractor, tokenizer, **kwargs)
+        if decoder is not None:
+            logger.warning("The pyctcdecode decoder of this model is not used: lm takes its place.")
+        self.lm = load_language_model(lm, self.device)
+        self._is_upper_case = has_upper_case_only(self.tokenizer)
+
+    @property
+    def max_piece_s(self) -> float:
+        """What most models were trained on at most."""
+        return DEFAULT_MAX_PIECE_S
+
+    def nbest(self, waveform: np.ndarray, size: int) -> list[Hypothesis]:
+        """The N-best list of the acoustic model alone, best first: what scales are tuned on.
+
+        Args:
+            waveform: `[samples]` at the rate of the feature extractor, at most `max_piece_s` long.
+            size: Hypotheses wanted; there may be fewer.
+        """
+        raise NotImplementedError
+
+    def extract_features(self, waveform: np.ndarray) -> dict[str, Tensor]:
+        """Features, their mask if the feature extractor makes one, and the number of steps S."""
+        rate = self.feature_extractor.sampling_rate
+        missing = max(0, round(MIN_DURATION_S * rate) - len(waveform))
+        features = self.feature_extractor(np.pad(waveform, (0, missing)), sampling_rate=rate, return_tensors="pt")
+        return {**features, "num_steps": torch.tensor([features[self.model.main_input_name].shape[1]])}
+
+    def lm_case(self, lm_lowercase: bool | None) -> Callable[[str], str]:
+        """What turns a transcript into text for the language model."""
+        return str.lower if (self._is_upper_case if lm_lowercase is None else lm_lowercase) else str
+
+    def _take_audio(self, model_inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Takes features `[B, S, ...]`, mask `[B, S]` and lengths `[B]` out of the inputs; the rest flows through."""
+        features = model_inputs.pop(self.model.main_input_name)
+        return features, model_inputs.pop("attention_mask", None), model_inputs.pop("num_steps")
+
+
+class CTCFusionPipeline(FusionPipeline):
+    """
+    Any `AutoModelForCTC` with a language model of any vocabulary, by shallow fusion.
+
+    The score of a transcript is `log P_CTC + lm_weight * log P_LM + length_reward * tokens`. Pieces of a batch are
+    searched together. Models whose frames would depend on the padding (those with a group norm over time, such as
+    Wav2Vec2-base, among others) are run piece by piece before: the result of a batch is that of each piece alone.
+
+    Args:
+        model, feature_extractor, tokenizer, lm, decoder, kwargs: As for [`FusionPipeline`].
+        lm_weight (`float`, defaults to 0.5): Scale of the language model; to be tuned on development data.
+        length_reward (`float`, defaults to 0): Nats per token of the language model, against its preference for short
+            texts; to be tuned likewise.
+        lm_lowercase (`bool`, *optional*): Whether the language model gets the text in lower case. By default it does
+            where the CTC labels are in upper case only, which few language models are used to. The result stays in the
+            case of the labels.
+        fusion (`str`, defaults to `"delayed"`): `"delayed"`, in one pass, or `"rescoring"` of the CTC N-best list.
+        ctc_beam_size (`int`, defaults to 16): Hypotheses kept, and rescored.
+        fusion_interval (`int`, defaults to 1): Of delayed fusion: frames between two scorings of complete words.
+
+    Call with `return_timestamps=True` for the pieces of long audio and their times, with `return_timestamps="word"` for
+    each word and its times by CTC alignment, in seconds, and with `chunk_length_s` for pieces of less than 30 s.
+    """
+
+    timestamps = (True, "word", False)
+    _own_outputs = ("tokens", "is_last", "segment_s", "word_s")
+
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        blank_id, num_outputs = model.config.pad_token_id, model.config.vocab_size
+        if blank_id is None or not 0 <= blank_id < num_outputs:
+            raise ValueError(
+                f"model.config.pad_token_id: expected the CTC blank, 0 to {num_outputs - 1}, got {blank_id}."
+            )
+        if len(self.tokenizer) < num_outputs:
+            raise ValueError(
+                f"tokenizer: expected one that spells all {num_outputs} outputs of the model, got one of "
+                f"{len(self.tokenizer)} tokens."
+            )
+        self.blank_id: int = blank_id
+        self.labels_to_text: LabelsToText = labels_to_text_of(self.tokenizer)
+
+    def _sanitize_parameters(
+        self,
+        lm_weight: float | None = None,
+        length_reward: float | None = None,
+        lm_lowercase: bool | None = None,
+        fusion: Literal["delayed", "rescoring"] | None = None,
+        ctc_beam_size: int | None = None,
+        fusion_interval: int | None = None,
+        chunk_length_s: float | None = None,
+        return_timestamps: bool | str | None = None,
+        stride_length_s: float | None = None,
+    ) -> tuple[dict, dict, dict]:
+        _check_scales(lm_weight=lm_weight, length_reward=length_reward)
+        if fusion not in (None, "delayed", "rescoring"):
+            raise ValueError(f'fusion must be "delayed" or "rescoring", got {fusion!r}.')
+        _check_counts(ctc_beam_size=ctc_beam_size, fusion_interval=fusion_interval)
+        preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
+        forward = _given(
+            lm_weight=lm_weight,
+            length_reward=length_reward,
+            lm_lowercase=lm_lowercase,
+            fusion=fusion,
+            ctc_beam_size=ctc_beam_size,
+            fusion_interval=fusion_interval,
+            return_timestamps=return_timestamps,
+        )
+        return preprocess, forward, postprocess
+
+    def nbest(self, waveform: np.ndarray, size: int) -> list[Hypothesis]:
+        """See [`FusionPipeline.nbest`]."""
+        inputs = self.ensure_tensor_on_device(**self.extract_features(waveform))
+        log_probs, lengths = ctc_log_probs(self.model, *self._take_audio(inputs))
+        return ctc_beam_search(
+            log_probs,
+            lengths,
+            blank_id=self.blank_id,
+            beam_size=size,
+            n_best=size,
+            labels_to_text=self.labels_to_text,
+        )[0]
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Any],
+        lm_weight: float = DEFAULT_LM_WEIGHT,
+        length_reward: float = 0.0,
+        lm_lowercase: bool | None = None,
+        fusion: str = "delayed",
+        ctc_beam_size: int = 16,
+        fusion_interval: int = 1,
+        return_timestamps: bool | str | None = None,
+    ) -> dict[str, Any]:
+        log_probs, lengths = ctc_log_probs(self.model, *self._take_audio(model_inputs))
+        in_lm_case = self.lm_case(lm_lowercase)
+        nbests = ctc_beam_search(
+            log_probs,
+            lengths,
+            blank_id=self.blank_id,
+            beam_size=ctc_beam_size,
+            lm=self.lm,
+            lm_weight=lm_weight,
+            fusion="delayed",
+            interval=fusion_interval if fusion == "delayed" else None,
+            labels_to_text=lambda labels: in_lm_case(self.labels_to_text(labels)),
+            length_reward=length_reward,
+        )
+        labels = _best_labels(nbests)
+        outputs = {"is_last": model_inputs.pop("is_last"), "tokens": _pad_labels(labels)}
+        if return_timestamps == "word":
+            outputs["word_s"] = self._word_times(log_probs, lengths, labels)
+        return {**outputs, **model_inputs}
+
+    def _word_times(self, log_probs: Tensor, lengths: Tensor, labels: Sequence[tuple[int, ...]]) -> Tensor:
+        """`[B, W, 2]` start and end of each word in seconds from the start of its piece, NaN where there are fewer."""
+        seconds_per_frame = samples_per_frame(self.model, self.feature_extractor) / self.feature_extractor.sampling_rate
+        times = []
+        for aligned in align(log_probs, lengths, labels, self.blank_id):
+            words = word_times(aligned, self.labels_to_text, seconds_per_frame=seconds_per_frame)
+            bounds = [(word.start_s, word.end_s) for word in words]
+            times.append(torch.tensor(bounds, dtype=torch.float64).reshape(-1, 2))
+        return torch.nn.utils.rnn.pad_sequence(times, batch_first=True, padding_value=math.nan)
+
+    def transcript(self, model_output: dict[str, Any]) -> str:
+        """The text of the labels."""
+        return " ".join(self.labels_to_text(_unpad_labels(model_output["tokens"])).split())
+
+    def timed_chunks(self, text: str, model_output: dict[str, Any], kind: bool | str) -> list[dict[str, Any]]:
+        """The piece, or its words."""
+        if kind != "word":
+            return super().timed_chunks(text, model_output, kind)
+        start_s = float(model_output["segment_s"][0, 0])
+        return [
+            {"text": word, "timestamp": (start_s + word_start_s, start_s + word_end_s)}
+            for word, (word_start_s, word_end_s) in zip(text.split(), model_output["word_s"][0].tolist(), strict=False)
+        ]
+
+
+class Seq2SeqRescoringPipeline(FusionPipeline):
+    """
+    An encoder-decoder such as Whisper or Moonshine, the N-best list of its beam search rescored by a language model.
+
+    The score of a transcript is `log P(text | audio) + lm_weight * log P_LM + length_reward * tokens`. Whisper is run
+    in batches; others piece by piece, since padding would change what they hear.
+
+    Args:
+        model, feature_extractor, tokenizer, lm, kwargs: As for [`FusionPipeline`].
+        lm_weight (`float`, defaults to 0.5), length_reward (`float`, defaults to 0): As for [`CTCFusionPipeline`].
+        lm_lowercase (`bool`, *optional*): Whether the language model gets the text in lower case; by default as it is.
+        num_beams (`int`, defaults to 5): Width of the beam search, and size of the list; at least 2.
+        max_new_tokens (`int`, *optional*): By default what the model's generation config says.
+        generate_kwargs (`dict`, *optional*): The two before may be given here too, and for multilingual Whisper
+            `language`, which is required there, and `task`.
+
+    Call with `return_timestamps=True` for the pieces of long audio and their times in seconds, and with
+    `chunk_length_s` for pieces of less than 30 s.
+    """
+
+    @property
+    def max_piece_s(self) -> float:
+        """Whisper's window."""
+        return float(getattr(self.feature_extractor, "chunk_length", DEFAULT_MAX_PIECE_S))
+
+    def _sanitize_parameters(
+        self,
+        lm_weight: float | None = None,
+        length_reward: float | None = None,
+        lm_lowercase: bool | None = None,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        chunk_length_s: float | None = None,
+        return_timestamps: bool | None = None,
+        stride_length_s: float | None = None,
+    ) -> tuple[dict, dict, dict]:
+        options = {**(generate_kwargs or {}), **_given(num_beams=num_beams, max_new_tokens=max_new_tokens)}
+        # transformers sets aside what was given at construction and is an option of every `generate`.
+        _check_generate_options({**self._generate_kwargs, **options})
+        _check_scales(lm_weight=lm_weight, length_reward=length_reward)
+        preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
+        scales = _given(lm_weight=lm_weight, length_reward=length_reward, lm_lowercase=lm_lowercase)
+        return preprocess, {**scales, **options}, postprocess
+
+    def nbest(self, waveform: np.ndarray, size: int) -> list[Hypothesis]:
+        """See [`FusionPipeline.nbest`]. Options of `generate` are those of the construction."""
+        inputs = self.ensure_tensor_on_device(**self.extract_features(waveform))
+        options = {name: value for name, value in self._forward_params.items() if name in _GENERATE_OPTIONS}
+        return self._search(*self._take_audio(inputs), **{**options, "num_beams": max(2, size)})[0][:size]
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Any],
+        lm_weight: float = DEFAULT_LM_WEIGHT,
+        length_reward: float = 0.0,
+        lm_lowercase: bool | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        in_lm_case = self.lm_case(lm_lowercase)
+        nbests = [
+            [replace(row, text=in_lm_case(row.text)) for row in rows]
+            for rows in self._search(*self._take_audio(model_inputs), **options)
+        ]
+        rescored = rescore_nbest(nbests, self.lm, lm_weight=lm_weight, length_reward=length_reward)
+        return {
+            "is_last": model_inputs.pop("is_last"),
+            "tokens": _pad_labels(_best_labels(rescored)),
+            **model_inputs,
+        }
+
+    def _search(
+        self, features: Tensor, mask: Tensor | None, num_steps: Tensor, **options: Any
+    ) -> list[list[Hypothesis]]:
+        options = {"num_beams": 5, **self._generate_kwargs, **options}
+        options["num_return_sequences"] = options["num_beams"]
+        # Of its processor the search asks for the tokenizer only, which a pipeline has too.
+        if self.type == "seq2seq_whisper":  # a window of fixed length, whose padding it hears as silence
+            return nbest_from_seq2seq(self.model, self, features, **options)
+        nbests = []
+        for row, steps in enumerate(num_steps.tolist()):
+            row_mask = {} if mask is None else {"attention_mask": mask[row : row + 1, :steps]}
+            nbests += nbest_from_seq2seq(self.model, self, features[row : row + 1, :steps], **row_mask, **options)
+        return nbests
+
+    def transcript(self, model_output: dict[str, Any]) -> str:
+        """The text of the tokens."""
+        return self.tokenizer.decode(_unpad_labels(model_output["tokens"]), skip_special_tokens=True).strip()
+
+
+def pipeline_for_lm(model: PreTrainedModel) -> type[FusionPipeline]:
+    """The class of pipeline that combines `model` with a language model.
+
+    Raises:
+        ValueError: If there is none for it.
+    """
+    if type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values():
+        return CTCFusionPipeline
+    if model.config.is_encoder_decoder:
+        return Seq2SeqRescoringPipeline
+    raise ValueError(
+        f"lm: expected a CTC model (AutoModelForCTC) or an encoder-decoder to combine it with, got "
+        f"{type(model).__name__}; leave lm out."
+    )
+
+
+def refuse_fusion_options(options: dict[str, Any]) -> None:
+    """Refuses options of fusion that were given without a language model; transformers' pipeline would ignore them."""
+    given = [name for name in FUSION_OPTIONS if name in options]
+    if given:
+        raise ValueError(f"{', '.join(given)}: expected with a language model only; give lm too, or leave it out.")
+
+
+@torch.no_grad()
+def ctc_log_probs(
+    model: PreTrainedModel, features: Tensor, mask: Tensor | None, num_steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-softmax of a CTC model, of each piece as if it were alone.
+
+    Args:
+        model: Any `AutoModelForCTC`.
+        features: `[B, S]` samples or `[B, S, F]` frames, padded on the right.
+        mask: `[B, S]` of them, if the feature extractor makes one.
+        num_steps: `[B]` steps of each piece before the batch was padded.
+
+    Returns:
+        `[B, T, A]` float32, and `[B]` valid frames.
+    """
+    config = model.config
+    frame_lengths = getattr(model, "_get_subsampling_output_length", None) or getattr(
+        model, "_get_feat_extract_output_lengths", None
+    )
+    is_exact_in_batches = (
+        config.model_type in _EXACT_IN_BATCHES
+        and mask is not None
+        and getattr(config, "feat_extract_norm", None) != "group"
+        and not getattr(config, "add_adapter", False)
+    )
+    if is_exact_in_batches:
+        logits = model(features, attention_mask=mask).logits
+        lengths = frame_lengths(mask.sum(1))
+    else:
+        alone = []
+        for row, steps in enumerate(num_steps.tolist()):
+            row_mask = {} if mask is None else {"attention_mask": mask[row : row + 1, :steps]}
+            alone.append(model(features[row : row + 1, :steps], **row_mask).logits[0])
+        logits = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
+        lengths = torch.tensor([len(row) for row in alone], device=logits.device)
+        if mask is not None and frame_lengths is not None:  # extractors may pad by themselves
+            lengths = torch.minimum(lengths, frame_lengths(mask.sum(1)))
+    return logits.float().log_softmax(-1), lengths.long().clamp(max=logits.shape[1])
+
+
+def samples_per_frame(model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor) -> int:
+    """Samples of audio from one frame of a CTC model to the next.
+
+    Raises:
+        ValueError: If the model's config does not tell.
+    """
+    config = getattr(model.config, "encoder_config", model.config)
+    steps = getattr(model.config, "inputs_to_logits_ratio", None) or getattr(config, "subsampling_factor", None)
+    if steps is None:
+        raise ValueError(
+            f'return_timestamps="word": expected a model whose config tells its frame rate (inputs_to_logits_ratio), '
+            f"got {type(model).__name__}; use return_timestamps=True."
+        )
+    return steps * getattr(feature_extractor, "hop_length", 1)
+
+
+def has_upper_case_only(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the vocabulary, special tokens aside, has upper-case letters and no lower-case ones."""
+    special = set(tokenizer.all_special_tokens)
+    return "".join(token for token in tokenizer.get_vocab() if token not in special).isupper()
+
+
+def _best_labels(nbests: Sequence[Sequence[Hypothesis]]) -> list[tuple[int, ...]]:
+    """Of each list the labels of the first hypothesis; none where the language model excludes all of them."""
+    return [rows[0].labels if rows else () for rows in nbests]
+
+
+def _pad_labels(labels: Sequence[tuple[int, ...]]) -> Tensor:
+    """`[B, U]` on the host."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in labels]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_LABEL)
+
+
+def _unpad_labels(tokens: Tensor) -> tuple[int, ...]:
+    """The labels of `[1, U]`."""
+    return tuple(tokens[tokens != NO_LABEL].tolist())
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_generate_options(options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - set(_GENERATE_OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)}: expected {', '.join(_GENERATE_OPTIONS)} only beside an lm; leave it out."
+        )
+    if options.get("num_beams", 2) < 2:
+        raise ValueError(f"num_beams must be at least 2, for a list to rescore, got {options['num_beams']}.")
+
+
+def _check_scales(**scales: float | None) -> None:
+    for name, value in _given(**scales).items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}.")
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in _given(**counts).items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+__all__ = ["CTCFusionPipeline", "FusionPipeline", "Seq2SeqRescoringPipeline"]

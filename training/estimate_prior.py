@@ -1,0 +1,110 @@
+"""Estimate the prior of a CTC head: what it says of each label regardless of the audio.
+
+    python -m training.estimate_prior MODEL MANIFEST.jsonl --source posterior
+
+Fusion with a language model subtracts it (`prior_weight`), since a CTC model has learned some language itself. MODEL is
+a checkpoint or a folder of trained parts; the prior is written into its weights, as `ctc_head.log_prior`. Use training
+data or a part of it, never a test set.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoProcessor
+
+from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME, load_trained_parts
+from hf_speechllm.audio_encoders import lens_to_mask
+from hf_speechllm.data_collator import SpeechLLMDataCollator
+from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
+from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
+from training.data import ManifestDataset, read_manifests
+
+SOURCES = ("posterior", "transcripts")
+UNIFORM_SHARE = 0.1  # of the transcripts' prior, so that unseen labels are not impossible
+PRIOR_NAME = "ctc_head.log_prior"
+
+
+def load(folder: str) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+    """Model and processor of a checkpoint or a folder of trained parts."""
+    if (Path(folder) / RECIPE_NAME).is_file():
+        return load_trained_parts(folder)
+    return SpeechLLMForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+@torch.no_grad()
+def posterior_prior(model: SpeechLLMForConditionalGeneration, batches: DataLoader) -> torch.Tensor:
+    """Log of the mean CTC posterior over all frames, blank removed and renormalised: `[U+1]`, 0 for the blank.
+
+    Source: Zeyer et al. (2017), "CTC in the context of generalized full-sum HMM training".
+    """
+    blank_id = model.config.blank_id
+    total = torch.zeros(blank_id + 1, dtype=torch.float64)
+    for batch in tqdm(batches, desc="posteriors", unit="batch"):
+        audio = model.encode(batch["input_features"], batch["input_features_mask"])
+        probs = audio.ctc_log_probs.double().exp()  # B, T, U+1
+        is_valid = lens_to_mask(audio.encoder_out_lens, probs.shape[1])
+        total += (probs * is_valid[..., None]).sum((0, 1)).cpu()
+    return _log_without_blank(total, blank_id)
+
+
+def transcript_prior(
+    model: SpeechLLMForConditionalGeneration, processor: SpeechLLMProcessor, texts: list[str]
+) -> torch.Tensor:
+    """Log of the labels' relative frequencies in transcripts, with a uniform share of 0.1: `[U+1]`, 0 for the blank."""
+    blank_id = model.config.blank_id
+    counts = torch.zeros(blank_id + 1, dtype=torch.float64)
+    for text in tqdm(texts, desc="transcripts", unit="text"):
+        targets = model.ctc_targets(processor(text=text)["labels"])
+        counts += torch.bincount(targets[targets != IGNORE_INDEX], minlength=blank_id + 1)
+    counts[:blank_id] = (1.0 - UNIFORM_SHARE) * counts[:blank_id] / counts[:blank_id].sum() + UNIFORM_SHARE / blank_id
+    return _log_without_blank(counts, blank_id)
+
+
+def _log_without_blank(mass: torch.Tensor, blank_id: int) -> torch.Tensor:
+    labels = mass[:blank_id]
+    if not labels.sum() > 0:
+        raise ValueError("manifest: no label was found in it; are its audio or its texts empty?")
+    return torch.cat([(labels / labels.sum()).clamp(min=1e-12).log(), labels.new_zeros(1)]).float()
+
+
+def store(folder: str, model: SpeechLLMForConditionalGeneration, log_prior: torch.Tensor) -> None:
+    """Write the prior into the weights in `folder`."""
+    path = Path(folder) / TRAINED_WEIGHTS_NAME
+    if path.is_file():
+        state = load_file(path)
+        save_file({**state, PRIOR_NAME: log_prior.to(next(iter(state.values())).dtype)}, path)
+    else:
+        model.ctc_head.log_prior.copy_(log_prior)
+        model.save_pretrained(folder)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder; the prior is written into it")
+    parser.add_argument("manifest", type=Path, help="JSONL manifest")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="posterior", help="mean CTC posterior, or label frequencies in the texts"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first utterances")
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args()
+    model, processor = load(arguments.model)
+    entries = read_manifests([arguments.manifest.name], arguments.manifest.parent)[: arguments.limit]
+    if arguments.source == "posterior":
+        dataset = ManifestDataset(entries, processor.sampling_rate)
+        batches = DataLoader(dataset, arguments.batch_size, collate_fn=SpeechLLMDataCollator(processor))
+        log_prior = posterior_prior(model, batches)
+    else:
+        log_prior = transcript_prior(model, processor, [entry["text"] for entry in entries])
+    store(arguments.model, model, log_prior)
+    entropy = -(log_prior[:-1].exp() * log_prior[:-1]).sum()
+    print(f"{arguments.model}: prior of {len(log_prior) - 1} labels, perplexity {entropy.exp():.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Tune the scales of a language model on the N-best lists of development data.
+
+    python -m training.tune_scales MODEL DEV.jsonl --write
+    python -m training.tune_scales base:whisper-tiny.en DEV.jsonl --lm base:smollm2-135m-instruct
+
+MODEL is a checkpoint, a folder of trained parts, a Hub id or `base:NAME`. The lists of a speech LLM come from its CTC
+head (mode "rescoring" of `generate`) and are scored by its own plain language model, or by --lm; those of other models
+come from their CTC output or their beam search, and need --lm. Every utterance is decoded once: the scales are found on
+the scored lists.
+
+The word error rate that is printed for the tuned scales is optimistic. Use development data, never a test set: a result
+on data that the scales were tuned on is no result.
+"""
+
+import argparse
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
+
+from hf_speechllm.assembly import resolve_model
+from hf_speechllm.fusion_pipeline import FusionPipeline, pipeline_for_lm
+from hf_speechllm.hypothesis import Hypothesis
+from hf_speechllm.lm_score import CausalLMScorer
+from hf_speechllm.metrics import normalize_english, word_errors
+from hf_speechllm.pipeline_speechllm import load_language_model
+from hf_speechllm.rescoring import rescore_nbest
+from hf_speechllm.scale_tuning import ScaleChoice, tune_scales
+from training.evaluation_data import UsageError, Utterance, batches, read_manifest
+from training.recognisers import is_speech_llm, load_pipeline
+
+LM_WEIGHTS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+PRIOR_WEIGHTS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+LENGTH_REWARDS = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+NO_PRIOR = [0.0]
+SCALES = ("lm_weight", "prior_weight", "length_reward")
+
+NBests = list[list[Hypothesis]]
+
+
+def main() -> None:
+    """Command line."""
+    parser = build_parser()
+    arguments = parser.parse_args()
+    try:
+        tune(arguments)
+    except UsageError as error:
+        parser.exit(2, f"tune_scales: error: {error}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL")
+    add("manifest", metavar="DEV.jsonl", type=Path, help="development data, never a test set")
+    add("--lm", help="language model: Hub id, folder or base:NAME (default: that of the speech LLM)")
+    add("--nbest", type=int, default=16, help="hypotheses per utterance, and width of the search (default: 16)")
+    add("--lm-weights", type=grid, default=LM_WEIGHTS, metavar="W,W,...", help=f"default: {LM_WEIGHTS}")
+    add(
+        "--prior-weights",
+        type=grid,
+        metavar="W,W,...",
+        help=f"default: {PRIOR_WEIGHTS} where the speech LLM has a prior (training.estimate_prior), otherwise 0",
+    )
+    add(
+        "--length-rewards",
+        type=grid,
+        default=LENGTH_REWARDS,
+        metavar="R,R,...",
+        help=f"nats per token; with a negative one first write --length-rewards=-1,0 (default: {LENGTH_REWARDS})",
+    )
+    add("--write", action="store_true", help="store the scales in generation_config.json of MODEL, a folder")
+    add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
+    add("--limit", type=int, help="use only the first utterances")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def grid(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [math.nan]
+    if not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}")
+    return values
+
+
+def tune(arguments: argparse.Namespace) -> None:
+    """Decode, tune, report; UsageError for what the user has to change."""
+    for name in ("nbest", "batch_size", "limit"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    utterances = read_manifest(arguments.manifest, arguments.limit)
+    pipe = load_pipeline(arguments.model, arguments.device)
+    check(arguments, pipe)
+    lm = None if arguments.lm is None else load_language_model(resolve_model(arguments.lm), pipe.device)
+    nbests = nbest_lists(pipe, lm, utterances, arguments.nbest, arguments.batch_size)
+    references = [utterance.entry["text"] for utterance in utterances]
+    grids = {
+        "lm_weights": arguments.lm_weights,
+        "prior_weights": arguments.prior_weights or (PRIOR_WEIGHTS if has_prior(pipe) else NO_PRIOR),
+        "length_rewards": arguments.length_rewards,
+    }
+    normalize = functools.cache(normalize_english)
+    choice = tune_scales(nbests, references, normalize=normalize, **grids)
+    print(report(arguments.manifest.stem, nbests, references, choice, normalize))
+    for name, values in zip(SCALES, grids.values(), strict=True):
+        if len(values) > 1 and getattr(choice, name) in (max(values), min(values)) and getattr(choice, name) != 0.0:
+            print(f"{name} = {getattr(choice, name):g} is at the end of its grid: widen --{name.replace('_', '-')}s")
+    if arguments.write:
+        write(arguments.model, choice)
+
+
+def check(arguments: argparse.Namespace, pipe: AutomaticSpeechRecognitionPipeline) -> None:
+    """Refuse what cannot be done with this model, before anything is decoded."""
+    if is_speech_llm(pipe):
+        if pipe.model.config.ctc_token_ids is None:
+            raise UsageError("MODEL: expected a CTC head whose labels are tokens of the language model, it has none")
+        if arguments.write and not (Path(arguments.model) / "generation_config.json").is_file():
+            raise UsageError(f"--write: expected a folder with generation_config.json as MODEL, got {arguments.model}")
+        return
+    kind = pipe.model.config.model_type
+    if arguments.lm is None:
+        raise UsageError(f"--lm: expected a language model, since a {kind} has none of its own that is plain")
+    if arguments.write:
+        raise UsageError(f"--write: is for speech LLMs of this package; give a {kind} its scales in pipeline(lm=...)")
+    if arguments.prior_weights not in (None, NO_PRIOR):
+        raise UsageError(f"--prior-weights: a {kind} comes without a prior; leave it out")
+
+
+def has_prior(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
+    """Whether the prior of a speech LLM was estimated."""
+    return is_speech_llm(pipe) and bool(pipe.model.ctc_head.log_prior.any())
+
+
+def nbest_lists(
+    pipe: AutomaticSpeechRecognitionPipeline,
+    lm: CausalLMScorer | None,
+    utterances: list[Utterance],
+    size: int,
+    batch_size: int,
+) -> NBests:
+    """N-best lists in the order of the utterances, each with the separate scores of all models.
+
+    Args:
+        pipe: The recogniser.
+        lm: The language model; None: that of the speech LLM, without its adapter.
+        utterances: Each no longer than what the model takes in one piece.
+        size: Hypotheses per utterance.
+        batch_size: Utterances per forward pass of a speech LLM.
+
+    Raises:
+        UsageError: If an utterance is too long.
+    """
+    if not is_speech_llm(pipe):
+        pipe = pipeline_for_lm(pipe.model)(pipe.model, pipe.feature_extractor, pipe.tokenizer, lm=lm)
+    for utterance in utterances:
+        if utterance.entry["duration"] > pipe.max_piece_s:
+            raise UsageError(
+                f"{utterance.entry['audio_filepath']}: expected at most {pipe.max_piece_s:g} s, got "
+                f"{utterance.entry['duration']:.1f} s; leave long recordings out"
+            )
+    lists: dict[int, list[Hypothesis]] = {}
+    with tqdm(desc="N-best lists", unit="utt", total=len(utterances)) as progress:
+        for batch in batches(iter(utterances), batch_size, None):
+            waveforms = [utterance.waveform(pipe.feature_extractor.sampling_rate) for utterance in batch]
+            if is_speech_llm(pipe):
+                nbests = speech_llm_lists(pipe, lm, waveforms, size)
+            else:
+                nbests = other_lists(pipe, waveforms, size)
+            lists.update(zip((utterance.index for utterance in batch), nbests, strict=True))
+            progress.update(len(batch))
+    return [lists[utterance.index] for utterance in utterances]
+
+
+def speech_llm_lists(
+    pipe: AutomaticSpeechRecognitionPipeline, lm: CausalLMScorer | None, waveforms: list[np.ndarray], size: int
+) -> NBests:
+    """Lists of the CTC head of a speech LLM, in the order of the CTC score."""
+    inputs = pipe.processor(waveforms, sampling_rate=pipe.feature_extractor.sampling_rate)
+    options: dict[str, Any] = dict.fromkeys(SCALES, 0.0)
+    return pipe.model.generate(
+        **pipe.ensure_tensor_on_device(**inputs),
+        mode="rescoring",
+        lm=lm,
+        tokenizer=pipe.tokenizer,
+        ctc_beam_size=size,
+        num_return_sequences=size,
+        return_dict_in_generate=True,
+        **options,
+    ).hypotheses
+
+
+def other_lists(pipe: FusionPipeline, waveforms: list[np.ndarray], size: int) -> NBests:
+    """Lists of another model, scored by the language model of the pipeline."""
+    in_lm_case = pipe.lm_case(None)
+    nbests = [
+        [Hypothesis(row.labels, in_lm_case(row.text), row.am_log_prob) for row in pipe.nbest(waveform, size)]
+        for waveform in waveforms
+    ]
+    return rescore_nbest(nbests, pipe.lm, lm_weight=0.0)
+
+
+def report(name: str, nbests: NBests, references: list[str], choice: ScaleChoice, normalize: Any) -> str:
+    """The table: error rates of the acoustic model alone, with the tuned scales, and of the best hypotheses."""
+    scales = {scale: getattr(choice, scale) for scale in SCALES}
+    lines = [
+        f"{name}: {len(nbests)} utterances, {max(map(len, nbests))}-best lists; percent, Whisper normaliser",
+        f"{'':<20} {'WER':>6} {'sub':>6} {'del':>6} {'ins':>6}",
+    ]
+    for label, texts in (
+        ("acoustic model alone", _first_texts(rescore_nbest(nbests, None, lm_weight=0.0))),
+        ("with language model", _first_texts(rescore_nbest(nbests, None, **scales))),
+        ("oracle of the lists", _oracle_texts(nbests, references, normalize)),
+    ):
+        errors = word_errors(references, texts, normalize)
+        counts = (errors.substitutions, errors.deletions, errors.insertions)
+        cells = [100 * errors.wer, *(100 * count / errors.reference_words for count in counts)]
+        lines.append(f"{label:<20} " + " ".join(f"{cell:6.2f}" for cell in cells))
+    return "\n".join([*lines, ", ".join(f"{scale}={value:g}" for scale, value in scales.items())])
+
+
+def write(folder: str, choice: ScaleChoice) -> None:
+    """Store the scales in the generation config of a checkpoint or of trained parts."""
+    config = GenerationConfig.from_pretrained(folder)
+    config.update(**{scale: getattr(choice, scale) for scale in SCALES}, allow_custom_entries=True)
+    config.save_pretrained(folder)
+    print(f"{Path(folder) / 'generation_config.json'}: written")
+
+
+def _first_texts(nbests: NBests) -> list[str]:
+    return [rows[0].text for rows in nbests]
+
+
+def _oracle_texts(nbests: NBests, references: list[str], normalize: Any) -> list[str]:
+    """Of each list the text with the fewest word errors."""
+
+    def errors(reference: str, text: str) -> int:
+        counts = word_errors([reference], [text], normalize)
+        return counts.substitutions + counts.deletions + counts.insertions
+
+    return [
+        min((row.text for row in rows), key=functools.partial(errors, reference))
+        for rows, reference in zip(nbests, references, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
