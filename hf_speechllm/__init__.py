@@ -9,16 +9,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .base_models import base_model
-from .bpe_subset import restrict_merges, select_lowercase_tokens
+from .bpe_subset import restrict_merges, select_lowercase_tokens, subset_chains
 from .configuration_speechllm import SpeechLLMConfig
+from .ctc_alignment import align
+from .ctc_beam_search import ctc_beam_search
+from .ctc_frames import merge_blank_frames
 from .ctc_prefix_score import CTCPrefixScorer, CTCPrefixState
+from .ctc_text import labels_to_text_of
 from .data_collator import SpeechLLMDataCollator
 from .default_model import default_model
+from .hypothesis import Hypothesis
+from .label_chains import LabelChains, build_chains, character_chains
 from .label_units import LabelUnits
+from .lm_score import CausalLMScorer
 from .logits_process import CTCPrefixLogitsProcessor
 from .modeling_speechllm import SpeechLLMForConditionalGeneration, SpeechLLMPreTrainedModel
 from .pipeline_speechllm import SpeechLLMPipeline
 from .processing_speechllm import SpeechLLMProcessor
+from .rescoring import nbest_from_seq2seq, rescore_nbest
+from .scale_tuning import ScaleChoice, tune_scales
+from .shallow_fusion import ShallowFusionLogitsProcessor
 
 __version__ = "0.1.0"
 
@@ -40,15 +50,30 @@ __all__ = [
     "CTCPrefixLogitsProcessor",
     "CTCPrefixScorer",
     "CTCPrefixState",
+    "CausalLMScorer",
+    "Hypothesis",
+    "LabelChains",
     "LabelUnits",
+    "ScaleChoice",
+    "ShallowFusionLogitsProcessor",
     "SpeechLLMConfig",
     "SpeechLLMDataCollator",
     "SpeechLLMForConditionalGeneration",
     "SpeechLLMPipeline",
     "SpeechLLMPreTrainedModel",
     "SpeechLLMProcessor",
+    "align",
     "base_model",
+    "build_chains",
+    "character_chains",
+    "ctc_beam_search",
     "default_model",
+    "labels_to_text_of",
+    "merge_blank_frames",
+    "nbest_from_seq2seq",
+    "rescore_nbest",
     "restrict_merges",
     "select_lowercase_tokens",
+    "subset_chains",
+    "tune_scales",
 ]

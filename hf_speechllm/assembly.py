@@ -11,22 +11,24 @@ parts holds just these:
 import json
 import os
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import lora_target_pattern, merge_adapters
 from .base_models import base_model
-from .bpe_subset import restrict_merges
+from .bpe_subset import restrict_merges, subset_chains
 from .configuration_speechllm import SpeechLLMConfig
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 RECIPE_NAME = "recipe.json"
+CHECKPOINT_FORMAT = 2  # of what `assemble` writes by default; 1 had the LoRA merged into the weights
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -35,52 +37,59 @@ def resolve_model(name: str) -> str:
     return base_model(name.removeprefix("base:")) if name.startswith("base:") else name
 
 
-def merge_lora(
-    state: dict[str, torch.Tensor],
-    trained: dict[str, torch.Tensor],
-    scaling: float,
-    transposed: Collection[str] = (),
+def load_trained_weights(
+    model: SpeechLLMForConditionalGeneration, trained: dict[str, torch.Tensor], lora_scaling: float
 ) -> None:
-    """Replace, in `state`, what was trained: `W + scaling * B A` for LoRA, the weight itself otherwise.
+    """Put into `model` what was trained: LoRA as an adapter, other weights in the place of the model's.
 
     Args:
-        state: Weights of the model by name, `[out, in]`.
-        trained: Trained weights by name; those below a LoRA may be called `...base_layer.weight`.
-        scaling: Of the LoRA.
-        transposed: Weights that are `[in, out]` (GPT-2's).
+        model: A model without adapters.
+        trained: Trained weights by name; those below a LoRA are called `...base_layer.weight`.
+        lora_scaling: `alpha / r` of the LoRA; without effect if there is none.
 
     Raises:
-        ValueError: If a trained weight has no place in `state` or another shape, or LoRA has one of its two matrices
-            only.
+        ValueError: If a trained weight has no place in `model` or another shape, or LoRA has one of its two matrices
+            only, or several ranks.
     """
-    # A weight comes before the LoRA that is added to it.
-    for name in sorted(trained, key=lambda name: (name.endswith((_LORA_A, _LORA_B)), name)):
-        layer = name.removesuffix(_LORA_A).removesuffix(_LORA_B)
-        target = (name if layer == name else f"{layer}.weight").replace(".base_layer.", ".")
-        if target not in state:
+    lora_a = {name.removesuffix(_LORA_A): value for name, value in trained.items() if name.endswith(_LORA_A)}
+    lora_b = {name.removesuffix(_LORA_B) for name in trained if name.endswith(_LORA_B)}
+    for layer in sorted(lora_a.keys() ^ lora_b):
+        found, missing = (_LORA_A, _LORA_B) if layer in lora_a else (_LORA_B, _LORA_A)
+        raise ValueError(f"{TRAINED_WEIGHTS_NAME}: {layer + missing!r} is missing beside {layer + found!r}.")
+    modules = dict(model.named_modules())
+    # Layers that the model lacks are told below.
+    layers = [layer for layer in lora_a if layer in modules]
+    if layers:
+        ranks = sorted({len(lora_a[layer]) for layer in layers})
+        if len(ranks) > 1:
+            raise ValueError(f"{TRAINED_WEIGHTS_NAME}: the LoRA of all layers must have one rank, got {ranks}.")
+        config = LoraConfig(
+            r=ranks[0],
+            lora_alpha=lora_scaling * ranks[0],
+            target_modules=lora_target_pattern(model, layers),
+            fan_in_fan_out=isinstance(modules[layers[0]], Conv1D),
+        )
+        model.add_adapter(config)
+    state = model.state_dict()
+    for name, value in trained.items():
+        if name not in state:
             raise ValueError(
                 f"{TRAINED_WEIGHTS_NAME}: {name!r} has no place in this model; is the recipe of another one?"
             )
-        value = trained[name].float()
-        if layer != name:
-            partner = layer + (_LORA_B if name.endswith(_LORA_A) else _LORA_A)
-            if partner not in trained:
-                raise ValueError(f"{TRAINED_WEIGHTS_NAME}: {partner!r} is missing beside {name!r}.")
-            if name.endswith(_LORA_B):
-                continue
-            value = scaling * (trained[partner].float() @ value)
-            value = value.T if target in transposed else value
-        if value.shape != state[target].shape:
+        if value.shape != state[name].shape:
             raise ValueError(
-                f"{TRAINED_WEIGHTS_NAME}: {name!r} is for a weight of shape {tuple(value.shape)}, the model's has "
-                f"{tuple(state[target].shape)}."
+                f"{TRAINED_WEIGHTS_NAME}: {name!r} has the shape {tuple(value.shape)}, in the model it is "
+                f"{tuple(state[name].shape)}."
             )
-        value = value if layer == name else state[target].float() + value
-        state[target] = value.to(state[target].dtype)
+    model.load_state_dict(trained, strict=False)
 
 
 def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
-    """The speech LLM of a folder of trained parts, in float32, and its processor."""
+    """The speech LLM of a folder of trained parts, in float32, and its processor.
+
+    A LoRA is an active adapter of the model: without it ([`~SpeechLLMForConditionalGeneration.plain_language_model`])
+    the language model is the pre-trained one.
+    """
     folder = Path(folder)
     recipe = json.loads((folder / RECIPE_NAME).read_text())
     config = SpeechLLMConfig.from_pretrained(folder)
@@ -90,13 +99,13 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
         for name, value in config.to_diff_dict().items()
         if name in SpeechLLMConfig.__annotations__ and name not in ("audio_config", "text_config")
     }
-    model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(audio_model, language_model, **overrides)
-    state = model.state_dict()
-    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    merge_lora(state, load_file(folder / TRAINED_WEIGHTS_NAME), recipe["lora_scaling"], transposed)
-    model.load_state_dict(state)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(language_model)
+    chains = None if config.ctc_chain_length is None else subset_chains(tokenizer, config.ctc_token_ids)
+    model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
+        audio_model, language_model, tokenizer, chains, **overrides
+    )
+    load_trained_weights(model, load_file(folder / TRAINED_WEIGHTS_NAME), recipe["lora_scaling"])
+    model.generation_config = GenerationConfig.from_pretrained(folder)
     if recipe["restricted_tokenizer"]:
         tokenizer = restrict_merges(tokenizer, config.ctc_token_ids)
     processor = SpeechLLMProcessor(
@@ -108,12 +117,21 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
     return model.eval(), processor
 
 
-def assemble(trained_folder: str | Path, output_folder: str | Path) -> None:
-    """Write a checkpoint for `from_pretrained` and `pipeline`; `output_folder` appears when it is complete."""
+def assemble(trained_folder: str | Path, output_folder: str | Path, *, merge_lora: bool = False) -> None:
+    """Write a checkpoint for `from_pretrained` and `pipeline`; `output_folder` appears when it is complete.
+
+    Args:
+        trained_folder: Folder of trained parts.
+        output_folder: Folder of the checkpoint; replaced if there is one.
+        merge_lora: Add the LoRA to the weights. The language model takes less time per token then, but it cannot be
+            used without its LoRA any more, as some ways of decoding do.
+    """
     output_folder = Path(output_folder)
     unfinished = output_folder.with_name(f".{output_folder.name}.building")
     shutil.rmtree(unfinished, ignore_errors=True)
     model, processor = load_trained_parts(trained_folder)
+    if merge_lora:
+        merge_adapters(model)
     # float32: most CPUs compute bfloat16 many times slower, and transformers loads what is stored.
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)

@@ -12,9 +12,13 @@ import re
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .label_chains import LabelChains, build_chains
+
 # "Ġ" is how byte-level BPE writes a space.
 _SPELLING = re.compile(r"^Ġ?[a-z']*$")
+_WORD = re.compile(r"\w")
 _ALPHABET = [*"abcdefghijklmnopqrstuvwxyz'", "Ġ"]
+NUM_CHARACTERS = len(_ALPHABET)
 
 
 def _bpe(tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -73,3 +77,27 @@ def restrict_merges(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) ->
     )
     restricted.chat_template = tokenizer.chat_template
     return restricted
+
+
+def subset_chains(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> LabelChains:
+    """The CTC labels `token_ids` that spell each token of the whole tokeniser, case and punctuation aside.
+
+    BPE merges in a fixed order. If `token_ids` are the first merges, as from [`select_lowercase_tokens`], every token
+    is a union of them, so that the chains of a text's tokens are the text in the restricted tokeniser.
+
+    Args:
+        tokenizer: A byte-level BPE tokeniser.
+        token_ids: Token of each label; the blank is the last label, U.
+    """
+    restricted = restrict_merges(tokenizer, token_ids).backend_tokenizer
+    labels = {token: label for label, token in enumerate(token_ids)}
+
+    def spell(text: str) -> list[int] | None:
+        text = text.lower().replace("\u2019", "'")
+        letters = re.sub(r" +", " ", re.sub(r"[^\w' ]|_", "", text))
+        if letters != text and not _WORD.search(letters):
+            return []  # punctuation, but not the apostrophe or the space alone: these are labels
+        ids = restricted.encode(letters, add_special_tokens=False).ids
+        return [labels[index] for index in ids] if all(index in labels for index in ids) else None
+
+    return build_chains(tokenizer, spell, num_labels=len(token_ids) + 1, blank_id=len(token_ids))

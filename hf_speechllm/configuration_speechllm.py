@@ -53,6 +53,11 @@ class SpeechLLMConfig(PreTrainedConfig):
             For CTC labels that are tokens of the language model: the token id of each label (length U).
         ctc_labels (`list[str]`, *optional*):
             For CTC labels of their own (characters, sub-words): the text of each label (length U).
+        ctc_chain_length (`int`, *optional*):
+            `None`: each token of a transcript is one CTC label, as `ctc_token_ids` tells. A number M: the language
+            model writes in tokens of its own, each spelled by a chain of at most M CTC labels; the chains are kept with
+            the weights (see [`LabelChains`]).
+        ctc_delimiter (`int`, *optional*): With chains, the CTC label between words, if the first word has none.
         ctc_layers (`list[int]`, defaults to `[-1]`):
             Encoder layers that the CTC head reads, as indices into the layer outputs (`0` is the first layer, `-1`
             the last one after the final normalisation). Several: a learned softmax-weighted mix.
@@ -87,6 +92,8 @@ class SpeechLLMConfig(PreTrainedConfig):
     ctc_vocab_size: int | None = None
     ctc_token_ids: list[int] | None = None
     ctc_labels: list[str] | None = None
+    ctc_chain_length: int | None = None
+    ctc_delimiter: int | None = None
     ctc_layers: list[int] | None = None
     ctc_loss_weight: float = 0.5
     ce_loss_weight: float = 1.0
@@ -129,6 +136,11 @@ class SpeechLLMConfig(PreTrainedConfig):
         vocab_size = self.text_config.vocab_size
         if self.ctc_token_ids is not None and not all(0 <= i < vocab_size for i in self.ctc_token_ids):
             raise ValueError(f"ctc_token_ids must lie in [0, {vocab_size}), the language model's vocabulary.")
+        if self.ctc_chain_length is not None and (self.ctc_vocab_size is None or self.ctc_chain_length < 1):
+            raise ValueError(
+                "ctc_chain_length must be a positive number of CTC labels, and needs a CTC head (ctc_token_ids or "
+                f"ctc_labels); got {self.ctc_chain_length} with ctc_vocab_size={self.ctc_vocab_size}."
+            )
         if self.projector == "ctc_posterior" and self.ctc_token_ids is None:
             raise ValueError(
                 "projector='ctc_posterior' needs ctc_token_ids (CTC labels that are tokens of the language model), got "

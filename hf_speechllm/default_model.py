@@ -6,7 +6,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers.utils import logging
 
-from .assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME, assemble
+from .assembly import CHECKPOINT_FORMAT, RECIPE_NAME, TRAINED_WEIGHTS_NAME, assemble
 from .base_models import cache_root
 
 DEFAULT_MODEL_NAME = "speechllm-tiny-en"
@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 def default_model(cache_dir: str | None = None) -> str:
     """Folder of the default model for `from_pretrained` and `pipeline`; put together on the first call.
 
-    The trained parts (in the package) are merged with Moonshine tiny and SmolLM2-135M-Instruct ([`base_model`]) into
-    one float32 checkpoint of about 570 MB in the cache. Later calls return at once.
+    The trained parts (in the package) are put together with Moonshine tiny and SmolLM2-135M-Instruct ([`base_model`])
+    to one float32 checkpoint of about 590 MB in the cache, the LoRA as an adapter in it. Later calls return at once.
 
     Args:
         cache_dir: Used instead of `HF_SPEECHLLM_CACHE`, or of `hf_speechllm` in the cache of Hugging Face.
@@ -45,7 +45,7 @@ def default_model(cache_dir: str | None = None) -> str:
 
 def _parts_digest() -> str:
     """Of everything that the assembled folder depends on here, so that another version gets another folder."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"format {CHECKPOINT_FORMAT}".encode())
     for name in (TRAINED_WEIGHTS_NAME, RECIPE_NAME, "config.json", "generation_config.json"):
         path = TRAINED_PARTS / name
         if not path.is_file():

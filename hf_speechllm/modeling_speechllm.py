@@ -4,7 +4,11 @@ Shapes: B utterances, S input steps, T encoder frames, D encoder width, L audio 
 P positions of the whole input of the language model, H its width, V its vocabulary, U CTC labels.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +23,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput, can_return_tuple
 
+from .adapters import (
+    ADAPTER_FILE_NAMES,
+    adapters_disabled,
+    has_adapters,
+    plain_state_dict,
+    remove_adapter,
+    save_adapter,
+    set_base_model,
+)
 from .audio_encoders import build_audio_tower, encode_audio, encoder_layers, extract_audio_tower, lens_to_mask
 from .configuration_speechllm import SpeechLLMConfig
 from .generation_speechllm import SpeechLLMGenerationMixin
+from .label_chains import UNSPELLABLE, LabelChains
+from .label_units import LabelUnits
 from .processing_speechllm import AUDIO_TOKEN
 from .projectors import PROJECTOR_CLASSES, CTCHead, CTCPosteriorProjector, drop_blank_positions
 
@@ -92,8 +107,12 @@ class SpeechLLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, CTCPosteriorProjector):
             init.zeros_(module.blank_embedding)
             init.zeros_(module.linear_2.weight)  # the correction starts at zero
-        elif isinstance(module, CTCHead) and module.layer_weights is not None:
-            init.zeros_(module.layer_weights)
+        elif isinstance(module, CTCHead):
+            init.zeros_(module.log_prior)
+            if module.layer_weights is not None:
+                init.zeros_(module.layer_weights)
+        elif isinstance(module, SpeechLLMForConditionalGeneration) and self.config.ctc_chain_length is not None:
+            init.constant_(module.ctc_chains, UNSPELLABLE)
 
 
 class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGenerationMixin):
@@ -124,6 +143,10 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         self.language_model.generation_config = GenerationConfig()
         self.multi_modal_projector = PROJECTOR_CLASSES[config.projector](config)
         self.ctc_head = CTCHead(config) if config.ctc_vocab_size is not None else None
+        if config.ctc_chain_length is not None:
+            # The table [V, M] of `LabelChains`: part of the checkpoint, not trained.
+            shape = (config.text_config.vocab_size, config.ctc_chain_length)
+            self.register_buffer("ctc_chains", torch.full(shape, UNSPELLABLE, dtype=torch.int32))
         self._num_audio_layers = len(encoder_layers(self.audio_tower))
         # What transformers takes for derived from the config loses our own entries, such as `ctc_weight`, in a reload.
         self.generation_config._from_model_config = False
@@ -135,6 +158,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         audio_model: str | PreTrainedModel,
         language_model: str | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        label_chains: LabelChains | None = None,
         dtype: torch.dtype | str | None = None,
         **config_overrides: Any,
     ) -> "SpeechLLMForConditionalGeneration":
@@ -145,6 +169,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             language_model: Causal language model: Hub id, folder, or model.
             tokenizer: Tokeniser of the prompt texts and the audio placeholder; by default that of `language_model`, if
                 it is an id or a folder.
+            label_chains: The CTC labels that spell each token of the language model, if that writes in other units than
+                the CTC head.
             dtype: Type of the weights; by default float32.
             config_overrides: Values of [`SpeechLLMConfig`], such as `projector=`, `downsampling=`, `ctc_token_ids=`.
 
@@ -171,6 +197,9 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         if tokenizer is not None:
             # The embeddings may be more than the tokens (Qwen): the processor's placeholder follows the tokens.
             config_overrides.setdefault("audio_token_id", tokenizer.get_vocab().get(AUDIO_TOKEN, len(tokenizer)))
+        if label_chains is not None:
+            config_overrides["ctc_chain_length"] = label_chains.chains.shape[1]
+            config_overrides["ctc_delimiter"] = label_chains.delimiter
         audio_tower = extract_audio_tower(audio_model)
         text_config = language_model.config.get_text_config()
         # A composite config resets the attention implementation of its parts unless it is told.
@@ -183,6 +212,10 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         )
         generation_config = language_model.generation_config
         model = cls(config, audio_tower, language_model).to(next(language_model.parameters()).dtype)
+        if label_chains is not None:
+            # The tokeniser may have tokens without embedding (the audio placeholder), or the embeddings be more.
+            rows = min(len(model.ctc_chains), len(label_chains.chains))
+            model.ctc_chains[:rows] = label_chains.chains[:rows]
         model.generation_config = GenerationConfig(
             eos_token_id=generation_config.eos_token_id,
             bos_token_id=generation_config.bos_token_id,
@@ -190,6 +223,68 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             max_new_tokens=256,
         )
         return model
+
+    @contextmanager
+    def plain_language_model(self) -> Iterator[None]:
+        """Inside, `language_model` computes without its adapters (LoRA): `with model.plain_language_model(): ...`.
+
+        That is the language model as it was before it learned to hear, if only the adapters were trained. Without
+        adapters nothing changes.
+        """
+        with adapters_disabled(self.language_model):
+            yield
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """As of transformers, but a model with an adapter is saved whole: its weights, and the adapter beside them.
+
+        Args:
+            save_directory: Folder to write. An adapter in it that is not this model's is removed.
+            is_main_process: Whether this process is the one that writes, in distributed training.
+            state_dict: The weights to save; by default those of the model.
+            args, kwargs: As for `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: If the adapter is merged into the weights, there are several active ones, it is more than LoRA
+                on linear layers, or weights are offloaded.
+        """
+        if not has_adapters(self):
+            if is_main_process:
+                remove_adapter(save_directory)
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+            return
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        plain = plain_state_dict(self, state_dict)
+        if is_main_process:
+            save_adapter(self, state_dict, save_directory)
+        # By these, transformers would write the adapter alone, and the names of the weights as if of an adapter.
+        of_adapter = {"_hf_peft_config_loaded": False, "_weight_conversions": None}
+        before = {name: getattr(self, name, None) for name in of_adapter}
+        vars(self).update(of_adapter)
+        try:
+            super().save_pretrained(save_directory, is_main_process, plain, *args, **kwargs)
+        finally:
+            vars(self).update(before)
+
+    def _upload_modified_files(
+        self,
+        working_dir: str | os.PathLike,
+        repo_id: str,
+        files_timestamps: dict[str, float],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if Path(working_dir, ADAPTER_CONFIG_NAME).exists():
+            # Of a model on the Hub, transformers reads the weights from where the adapter says.
+            set_base_model(working_dir, repo_id)
+            files_timestamps = {name: t for name, t in files_timestamps.items() if name not in ADAPTER_FILE_NAMES}
+        return super()._upload_modified_files(working_dir, repo_id, files_timestamps, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -208,6 +303,24 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
 
     def get_encoder(self, modality: str | None = None) -> PreTrainedModel:
         return self.audio_tower
+
+    @property
+    def label_units(self) -> LabelUnits | LabelChains:
+        """How CTC labels correspond to tokens of the language model.
+
+        Raises:
+            ValueError: If the model has no CTC head, or the config does not tell.
+        """
+        config = self.config
+        if config.ctc_chain_length is not None:
+            return LabelChains(config.blank_id, config.ctc_vocab_size + 1, self.ctc_chains, config.ctc_delimiter)
+        if config.ctc_token_ids is None:
+            raise ValueError(
+                "This model has no CTC head whose labels are related to the tokens of its language model (set "
+                "ctc_token_ids, or build it with label_chains)."
+            )
+        token_ids = torch.tensor(config.ctc_token_ids)
+        return LabelUnits.from_token_ids(token_ids, config.text_config.vocab_size, config.blank_id)
 
     def encode(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
@@ -345,7 +458,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             lm_output = self._run_language_model(audio, input_ids, attention_mask, labels, num_items_in_batch, kwargs)
         loss = ctc_loss = None
         if labels is not None and self.ctc_head is not None and self.config.ctc_loss_weight > 0.0:
-            targets = ctc_targets if ctc_targets is not None else self._ctc_targets(labels)
+            targets = ctc_targets if ctc_targets is not None else self.ctc_targets(labels)
             ctc_loss = self._ctc_loss(audio, targets) / num_items_in_batch
         if labels is not None:
             ce = 0.0 if only_ctc else self.config.ce_loss_weight * lm_output.ce_loss
@@ -406,23 +519,29 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         )
         return inputs_embeds, lens_to_mask(lens, inputs_embeds.shape[1]).flip(1).long(), labels
 
-    def _ctc_targets(self, labels: torch.Tensor) -> torch.Tensor:
-        """CTC labels `[B, N]` of the tokens of the transcripts; end-of-sequence and padding become -100."""
-        if self.config.ctc_token_ids is None:
-            raise ValueError("ctc_targets is required: this model's CTC labels are not tokens of the language model.")
-        token_ids = torch.tensor(self.config.ctc_token_ids, device=labels.device)
-        table = torch.full((self.config.text_config.vocab_size,), IGNORE_INDEX, device=labels.device)
-        table[token_ids] = torch.arange(len(token_ids), device=labels.device)
-        targets = torch.where(labels >= 0, table[labels.clamp(min=0)], IGNORE_INDEX)
+    def ctc_targets(self, labels: torch.Tensor) -> torch.Tensor:
+        """CTC labels `[B, N']` of the tokens `[B, N]` of the transcripts; end-of-sequence and padding become -100."""
+        if self.config.ctc_token_ids is None and self.config.ctc_chain_length is None:
+            raise ValueError("ctc_targets is required: this model's CTC labels are not related to its tokens.")
         eos = self.generation_config.eos_token_id
         special = labels.new_tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos])
-        unknown = (labels >= 0) & (targets == IGNORE_INDEX) & ~torch.isin(labels, special)
+        tokens = labels.masked_fill(torch.isin(labels, special), IGNORE_INDEX)
+        is_text = tokens >= 0
+        units = self.label_units.to(labels.device)
+        if isinstance(units, LabelChains):
+            # No label precedes the first token; before the others stands a word, whichever.
+            last_label = torch.where(is_text.cumsum(1) == 1, -1, units.blank_id)
+            targets = units.spell(tokens, last_label)  # B, N -> B, N, M
+            unknown = is_text & (targets[..., 0] == UNSPELLABLE)
+        else:
+            targets = units.tokens_to_labels(tokens)[..., None]
+            unknown = is_text & (targets[..., 0] < 0)
         if unknown.any():
             raise ValueError(
-                f"labels: token {int(labels[unknown][0])} is no CTC label (not in config.ctc_token_ids); encode the "
-                "transcripts with the model's own tokenizer."
+                f"labels: token {int(labels[unknown][0])} is no CTC label and not spelled by them; encode the "
+                "transcripts with the model's own tokenizer, numbers written as words."
             )
-        return targets
+        return targets.flatten(1).masked_fill(targets.flatten(1) < 0, IGNORE_INDEX)
 
     def _ctc_loss(self, audio: SpeechLLMAudioOutput, targets: torch.Tensor) -> torch.Tensor:
         """Sum over the utterances, in nats. Transcripts that do not fit into their frames count zero."""

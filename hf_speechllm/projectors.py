@@ -125,6 +125,8 @@ class CTCHead(nn.Module):
         # Layers below the last are not normalised by the encoder itself.
         self.layer_norm = nn.LayerNorm(width) if self.layers != (-1,) else None
         self.linear = nn.Linear(width, config.ctc_vocab_size + 1)
+        # Log-probabilities of the labels regardless of audio, for fusion with a language model; zero: none estimated.
+        self.register_buffer("log_prior", torch.zeros(config.ctc_vocab_size + 1))
 
     def forward(self, encoding: AudioEncoding, num_layers: int) -> torch.Tensor:
         """The encoder's layers to log-probabilities `[B, T, U+1]` in float32, blank last."""

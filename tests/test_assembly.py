@@ -3,16 +3,15 @@
 import importlib
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny_models import TEXT_CONFIGS, feature_extractor, lively, tiny_model, tiny_tokenizer
+from tiny_models import TEXT_CONFIGS, feature_extractor, lively, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,9 +20,10 @@ from transformers import (
     MoonshineConfig,
     MoonshineModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 import hf_speechllm
-from hf_speechllm.assembly import assemble, load_trained_parts, merge_lora, resolve_model
+from hf_speechllm.assembly import assemble, load_trained_parts, load_trained_weights, resolve_model
 from hf_speechllm.bpe_subset import restrict_merges
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from training.arguments import DataArguments, ModelArguments, Stage, TuningArguments
@@ -65,9 +65,12 @@ def language_model_folder(folder: Path, text: str = "llama", **overrides) -> str
     return str(folder)
 
 
-def trained_folder(folder: Path, audio_model: str, language_model: str, tunings: list[TuningArguments]):
+def trained_folder(
+    folder: Path, audio_model: str, language_model: str, tunings: list[TuningArguments], llm_units: str = "ctc"
+):
     """Trains (with random numbers) as `tunings` say, one after the other; the model, its processor and the parts."""
-    arguments = ModelArguments(audio_model, language_model, ctc_subset_size=30, config={"downsampling": 2, **PROMPT})
+    config = {"downsampling": 2, **PROMPT}
+    arguments = ModelArguments(audio_model, language_model, ctc_subset_size=30, llm_units=llm_units, config=config)
     model, processor = build_model(arguments)
     names = set()
     for seed, tuning in enumerate(tunings):
@@ -102,68 +105,106 @@ def outputs(model, processor) -> tuple[torch.Tensor, torch.Tensor]:
     return output.logits, output.audio.ctc_log_probs
 
 
-# merge_lora.
+# load_trained_weights.
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gpt2"])
-def test_merge_lora_equals_the_merge_of_peft(text, rslora):
-    model = tiny_model(text=text)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    targets = r".*\.(c_attn|c_proj|c_fc)" if text == "gpt2" else r".*\.(q_proj|v_proj|down_proj)"
-    lora = LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, target_modules=targets)
-    inject_adapter_in_model(lora, model.language_model)
+def layer_names(model, leaves: str) -> list[str]:
+    return [name for name, _ in model.language_model.named_modules(prefix="language_model") if re.search(leaves, name)]
+
+
+def random_lora(model, layers: list[str], rank: int = 3) -> dict[str, torch.Tensor]:
+    """LoRA weights of these layers by the names that training gives them, in float16 as they are shared."""
     trained = {}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter)
-            trained[name] = parameter.detach().clone()
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    assert layers and len(trained) == 2 * len(layers)
-    for layer in layers.values():
-        layer.merge()
-    merged = dict(before)
-    is_conv = {f"{name}.weight" for name, layer in layers.items() if layer.fan_in_fan_out}
-    merge_lora(merged, trained, scaling=5 / 3**0.5 if rslora else 5 / 3, transposed=is_conv)
-    for name, layer in layers.items():
-        torch.testing.assert_close(merged[f"{name}.weight"], layer.base_layer.weight.detach(), atol=1e-6, rtol=1e-6)
-        assert not torch.equal(merged[f"{name}.weight"], before[f"{name}.weight"])
-    unchanged = set(before) - {f"{name}.weight" for name in layers}
-    assert all(torch.equal(merged[name], before[name]) for name in unchanged)
+    for layer in layers:
+        weight = model.get_submodule(layer).weight
+        outputs, inputs = weight.T.shape if isinstance(model.get_submodule(layer), Conv1D) else weight.shape
+        trained[f"{layer}.lora_A.default.weight"] = 0.5 * torch.randn(rank, inputs).half()
+        trained[f"{layer}.lora_B.default.weight"] = 0.5 * torch.randn(outputs, rank).half()
+    return trained
 
 
-def test_merge_lora_adds_the_lora_to_a_base_layer_that_was_trained_too():
-    weight, base, a, b = (torch.randn(shape) for shape in ((4, 6), (4, 6), (2, 6), (4, 2)))
-    state = {"x.weight": weight}
-    trained = {"x.lora_A.default.weight": a, "x.lora_B.default.weight": b, "x.base_layer.weight": base}
-    merge_lora(state, trained, scaling=0.5)
-    torch.testing.assert_close(state["x.weight"], base + 0.5 * b @ a)
+@pytest.mark.parametrize(
+    ("text", "leaves"),
+    [
+        ("llama", r"\.(q_proj|v_proj|down_proj)$"),
+        ("llama", r"1\.self_attn\.q_proj$"),
+        ("qwen2", r"\.(q_proj|lm_head)$"),
+        ("gpt2", r"\.(c_attn|c_fc)$"),
+        ("gpt2", r"\.attn\.c_proj$"),
+    ],
+)
+def test_loaded_lora_acts_as_the_formula_says_and_can_be_switched_off(text, leaves):
+    model, expected = lively(tiny_model(text=text)), lively(tiny_model(text=text))
+    processor = tiny_processor()
+    plain_logits, _ = outputs(model, processor)
+    trained = random_lora(model, layers := layer_names(model, leaves))
+    load_trained_weights(model, trained, lora_scaling=0.5)
+    with torch.no_grad():
+        for layer in layers:
+            a, b = (trained[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            module = expected.get_submodule(layer)
+            module.weight += 0.5 * (b @ a).T if isinstance(module, Conv1D) else 0.5 * b @ a
+    logits, _ = outputs(model, processor)
+    torch.testing.assert_close(logits, outputs(expected, processor)[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, plain_logits, atol=0.05)
+    with model.plain_language_model():
+        assert torch.equal(outputs(model, processor)[0], plain_logits)
+    assert model.active_adapters() == ["default"]
 
 
-def test_merge_lora_keeps_the_type_of_the_weights():
-    state = {"x.weight": torch.zeros(4, 6, dtype=torch.bfloat16)}
-    merge_lora(state, {"x.weight": torch.ones(4, 6)}, scaling=1.0)
-    assert state["x.weight"].dtype == torch.bfloat16 and bool((state["x.weight"] == 1).all())
+def test_weights_below_a_lora_are_loaded_if_they_were_trained_too():
+    model, expected = lively(tiny_model()), lively(tiny_model())
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    trained = random_lora(model, [layer])
+    trained[f"{layer}.base_layer.weight"] = torch.randn_like(model.get_submodule(layer).weight)
+    load_trained_weights(model, trained, lora_scaling=2.0)
+    expected.get_submodule(layer).weight.data = trained[f"{layer}.base_layer.weight"]
+    with model.plain_language_model():
+        assert torch.equal(outputs(model, tiny_processor())[0], outputs(expected, tiny_processor())[0])
+
+
+def test_without_lora_there_is_no_adapter_and_the_types_stay():
+    model = tiny_model().to(torch.bfloat16)
+    bias = torch.ones_like(model.ctc_head.linear.bias, dtype=torch.float32)
+    load_trained_weights(model, {"ctc_head.linear.bias": bias}, lora_scaling=1.0)
+    assert model.ctc_head.linear.bias.dtype == torch.bfloat16 and bool((model.ctc_head.linear.bias == 1).all())
+    assert not model._hf_peft_config_loaded and not hasattr(model, "peft_config")
+
+
+Q_PROJ = "language_model.model.layers.0.self_attn.q_proj"  # 24 -> 24
+V_PROJ = "language_model.model.layers.0.self_attn.v_proj"  # 24 -> 12
+
+
+def lora_of_shapes(layer: str, a: tuple[int, int] | None, b: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    shapes = {f"{layer}.lora_A.default.weight": a, f"{layer}.lora_B.default.weight": b}
+    return {name: torch.ones(shape) for name, shape in shapes.items() if shape is not None}
 
 
 @pytest.mark.parametrize(
     ("trained", "message"),
     [
-        ({"x.lora_A.default.weight": torch.ones(2, 6)}, "'x.lora_B.default.weight' is missing beside 'x.lora_A"),
-        ({"x.lora_B.default.weight": torch.ones(4, 2)}, "'x.lora_A.default.weight' is missing beside 'x.lora_B"),
-        ({"y.weight": torch.ones(4, 6)}, "'y.weight' has no place in this model"),
-        ({"y.lora_A.default.weight": torch.ones(2, 6)}, "'y.lora_A.default.weight' has no place in this model"),
-        ({"x.weight": torch.ones(6, 4)}, r"'x.weight' is for a weight of shape \(6, 4\), the model's has \(4, 6\)"),
+        (lora_of_shapes(Q_PROJ, (2, 24), None), r"'.*q_proj.lora_B.default.weight' is missing beside '.*lora_A"),
+        (lora_of_shapes(Q_PROJ, None, (24, 2)), r"'.*q_proj.lora_A.default.weight' is missing beside '.*lora_B"),
+        ({"y.weight": torch.ones(4, 6)}, "'y.weight' has no place in this model; is the recipe of another one"),
+        (lora_of_shapes("y", (2, 24), (24, 2)), "'y.lora_A.default.weight' has no place in this model"),
         (
-            {"x.lora_A.default.weight": torch.ones(2, 5), "x.lora_B.default.weight": torch.ones(4, 2)},
-            r"'x.lora_A.default.weight' is for a weight of shape \(4, 5\), the model's has \(4, 6\)",
+            {f"{Q_PROJ}.weight": torch.ones(6, 4)},
+            r"q_proj.weight' has the shape \(6, 4\), in the model it is \(24, 24\)",
+        ),
+        (
+            lora_of_shapes(Q_PROJ, (2, 25), (24, 2)),
+            r"q_proj.lora_A.default.weight' has the shape \(2, 25\), in the model it is \(2, 24\)",
+        ),
+        (
+            lora_of_shapes(Q_PROJ, (2, 24), (24, 2)) | lora_of_shapes(V_PROJ, (3, 24), (12, 3)),
+            r"the LoRA of all layers must have one rank, got \[2, 3\]",
         ),
     ],
-    ids=["no B", "no A", "unknown", "unknown LoRA", "shape", "LoRA shape"],
+    ids=["no B", "no A", "unknown", "unknown LoRA", "shape", "LoRA shape", "ranks"],
 )
-def test_merge_lora_names_the_weight_that_does_not_fit(trained, message):
+def test_weights_that_do_not_fit_are_named(trained, message):
     with pytest.raises(ValueError, match=message):
-        merge_lora({"x.weight": torch.zeros(4, 6)}, trained, scaling=1.0)
+        load_trained_weights(tiny_model(), trained, lora_scaling=1.0)
 
 
 # Trained parts -> model -> checkpoint.
@@ -213,6 +254,31 @@ def test_assembled_checkpoint_gives_the_outputs_of_the_assembled_model_exactly(t
     assert processor.audio_token_id == model.config.audio_token_id
 
 
+def test_assembled_checkpoint_keeps_the_plain_language_model(trained, tmp_path):
+    folder, _, processor = trained
+    assemble(folder, tmp_path / "model")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    language_model = json.loads((folder / "recipe.json").read_text())["language_model"]
+    plain = AutoModelForCausalLM.from_pretrained(language_model)
+    ids = processor.tokenizer("being the thing", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, adapted = plain(ids).logits, model.language_model(ids).logits
+        with model.plain_language_model():
+            assert torch.equal(model.language_model(ids).logits, expected)
+    assert not torch.allclose(adapted, expected, atol=1e-3)
+
+
+def test_merged_checkpoint_has_the_outputs_and_no_adapter(trained, tmp_path):
+    folder, _, _ = trained
+    assemble(folder, tmp_path / "model", merge_lora=True)
+    assert not list((tmp_path / "model").glob("adapter_*"))
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
+    assert not any("lora_" in name or "base_layer" in name for name in model.state_dict())
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    for found, expected in zip(outputs(model, processor), outputs(*load_trained_parts(folder)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_assembled_tokenizer_spells_text_in_ctc_labels(trained):
     folder, model, _ = trained
     _, processor = load_trained_parts(folder)
@@ -240,6 +306,17 @@ def test_every_way_of_tuning_the_language_model_can_be_assembled(tunings, text, 
     found = outputs(*load_trained_parts(tmp_path / "parts"))
     for value, expected in zip(found, outputs(model, processor), strict=True):
         torch.testing.assert_close(value, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_labels_that_spell_the_units_of_the_language_model_are_assembled_too(audio_folder, tmp_path):
+    language_model = language_model_folder(tmp_path / "language_model")
+    tunings = [TuningArguments(llm="lora", lora_r=3)]
+    model, processor = trained_folder(tmp_path / "parts", audio_folder, language_model, tunings, llm_units="native")
+    assembled, assembled_processor = load_trained_parts(tmp_path / "parts")
+    assert torch.equal(assembled.ctc_chains, model.ctc_chains)
+    assert assembled_processor.encode_transcript("being thing") == processor.encode_transcript("being thing")
+    for value, expected in zip(outputs(assembled, assembled_processor), outputs(model, processor), strict=True):
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_placeholder_of_the_built_model_is_that_of_its_tokenizer(trained):
@@ -313,6 +390,13 @@ def test_another_version_of_any_part_gets_another_folder(parts, monkeypatch, tmp
         (parts / name).write_text((parts / name).read_text() + "\n")
     second = hf_speechllm.default_model(cache_dir=tmp_path / "cache")
     assert second != first and Path(first).is_dir() and Path(second).is_dir()
+
+
+def test_another_format_of_the_checkpoint_gets_another_folder(parts, monkeypatch, tmp_path):
+    monkeypatch.setattr(default_model_module, "assemble", lambda trained_parts, output_folder: output_folder.mkdir())
+    first = hf_speechllm.default_model(cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(default_model_module, "CHECKPOINT_FORMAT", default_model_module.CHECKPOINT_FORMAT + 1)
+    assert hf_speechllm.default_model(cache_dir=tmp_path / "cache") != first
 
 
 def test_an_interrupted_assembly_is_done_again(parts, assemblies, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.audio_encoders import encode_audio, encoder_layers
+from hf_speechllm.label_chains import LabelChains
 
 DURATIONS_S = (0.9, 0.35, 0.6)
 TEXTS = ("the ant", "", "singing in the an")
@@ -122,14 +123,16 @@ def test_a_model_without_ctc_head_has_the_cross_entropy_alone(batch):
 
 def test_ctc_targets_replace_those_of_the_labels(model, batch):
     expected = model(**batch).ctc_loss
-    targets = model._ctc_targets(batch["labels"])
+    targets = model.ctc_targets(batch["labels"])
     torch.testing.assert_close(model(**batch, ctc_targets=targets).ctc_loss, expected)
     assert model(**batch, ctc_targets=targets.flip(0)).ctc_loss != expected
 
 
 def test_ctc_labels_of_their_own_take_their_targets(batch):
     model = loud_model(ctc_token_ids=None, ctc_labels=["a", "b"])
-    with pytest.raises(ValueError, match="ctc_targets is required: this model's CTC labels are not tokens"):
+    with pytest.raises(
+        ValueError, match="ctc_targets is required: this model's CTC labels are not related to its tokens"
+    ):
         model(**batch)
     output = model(**batch, ctc_targets=torch.tensor([[0, 1], [1, -100], [-100, -100]]))
     assert output.audio.ctc_log_probs.shape[-1] == 3 and output.ctc_loss.isfinite()
@@ -146,15 +149,65 @@ def test_a_transcript_longer_than_its_audio_does_not_spoil_the_ctc_loss(model, b
 def test_every_end_of_sequence_token_is_left_out_of_the_ctc_targets(eos):
     model = tiny_model(ctc_token_ids=[3, 7, 5])
     model.generation_config.eos_token_id = eos
-    targets = model._ctc_targets(torch.tensor([[7, 3, 2], [5, 2, -100]]))
+    targets = model.ctc_targets(torch.tensor([[7, 3, 2], [5, 2, -100]]))
     assert targets.tolist() == [[1, 0, -100], [2, -100, -100]]
 
 
 def test_a_token_that_is_no_ctc_label_is_an_error(model, batch):
     with pytest.raises(
-        ValueError, match=r"labels: token 1 is no CTC label \(not in config.ctc_token_ids\); encode the"
+        ValueError, match="labels: token 1 is no CTC label and not spelled by them; encode the transcripts with"
     ):
         model(**{**batch, "labels": torch.tensor([[5, 1, 2]] * 3)})
+
+
+def chains_model(**overrides):
+    """Three labels; token 3 is spelled by two of them, token 4 by one, token 5 is silent, all others unspellable."""
+    table = torch.full((64, 2), -2, dtype=torch.int32)
+    table[3:6] = torch.tensor([[0, 1], [2, -1], [-1, -1]])
+    chains = LabelChains(3, 4, table, **overrides)
+    source = loud_model(ctc_token_ids=None, ctc_labels=["a", "b", "c"])
+    return SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
+        source.audio_tower, source.language_model, label_chains=chains, ctc_labels=["a", "b", "c"], audio_token_id=63
+    )
+
+
+def test_ctc_targets_of_chains_are_the_labels_of_all_tokens_in_order(batch):
+    model = chains_model()
+    model.generation_config.eos_token_id = 2
+    targets = model.ctc_targets(torch.tensor([[3, 5, 4, 2], [4, 2, -100, -100]]))
+    assert [row[row >= 0].tolist() for row in targets] == [[0, 1, 2], [2]]
+    loss = model(**{**batch, "labels": torch.tensor([[3, 5, 4, 2], [4, 3, 2, -100], [4, 2, -100, -100]])}).ctc_loss
+    audio = model.encode(batch["input_features"], batch["input_features_mask"])
+    expected = torch.nn.functional.ctc_loss(
+        audio.ctc_log_probs.transpose(0, 1),
+        torch.tensor([[0, 1, 2], [2, 0, 1], [2, 0, 0]]),
+        audio.encoder_out_lens,
+        torch.tensor([3, 3, 1]),
+        blank=3,
+        reduction="sum",
+    )
+    torch.testing.assert_close(loss * 9, expected, atol=1e-4, rtol=1e-5)
+    with pytest.raises(ValueError, match="labels: token 6 is no CTC label and not spelled by them"):
+        model.ctc_targets(torch.tensor([[3, 6, 2]]))
+
+
+def test_the_first_word_has_no_delimiter_in_its_ctc_targets():
+    model = chains_model(delimiter=0)
+    targets = model.ctc_targets(torch.tensor([[-100, 3, 3, 4]]))
+    assert targets[targets >= 0].tolist() == [1, 0, 1, 2]
+
+
+def test_chains_are_part_of_the_checkpoint(tmp_path):
+    model = chains_model(delimiter=0)
+    model.save_pretrained(tmp_path)
+    reloaded = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.label_units.chains, model.label_units.chains)
+    assert reloaded.label_units.delimiter == 0
+
+
+def test_a_model_without_relation_between_labels_and_tokens_has_no_label_units():
+    with pytest.raises(ValueError, match="no CTC head whose labels are related to the tokens"):
+        _ = loud_model(ctc_token_ids=None, ctc_labels=["a", "b"]).label_units
 
 
 def test_audio_is_required(model):

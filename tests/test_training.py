@@ -505,17 +505,33 @@ def base_folder(tmp_path_factory) -> str:
 
 def test_ctc_units_choose_the_labels(base_folder):
     tokenizer = tiny_tokenizer()
-    values = {}
-    for units in ("subset", "llm", "none"):
+    values, chains = {}, {}
+    for units in ("subset", "characters", "llm", "none"):
         arguments = ModelArguments(base_folder, base_folder, ctc_units=units, ctc_subset_size=30)
-        processor, values[units] = build_processor(arguments)
+        processor, chains[units], values[units] = build_processor(arguments)
         assert values[units]["audio_token_id"] == processor.audio_token_id
+        assert processor.tokenizer(" the thing").input_ids == tokenizer(" the thing").input_ids
     assert "ctc_token_ids" not in values["none"]
     assert len(values["subset"]["ctc_token_ids"]) == 30
+    assert len(values["characters"]["ctc_token_ids"]) == 28
     # The end of the sequence is not heard, and CTC scores it by itself.
     assert set(values["llm"]["ctc_token_ids"]) == set(range(len(tokenizer))) - {0, 1, 2}
+    assert chains["llm"] is None and chains["none"] is None
+    the = tokenizer(" the").input_ids
+    labels = chains["characters"].spell(torch.tensor(the))
+    spelled = [values["characters"]["ctc_token_ids"][label] for label in labels[labels >= 0].tolist()]
+    assert tokenizer.convert_ids_to_tokens(spelled) == ["Ġ", "t", "h", "e"]
 
 
-def test_ctc_units_of_another_name_are_refused(base_folder):
-    with pytest.raises(ValueError, match="ctc_units must be 'subset', 'llm' or 'none', got 'bytes'"):
+def test_the_language_model_may_be_restricted_to_the_ctc_labels(base_folder):
+    arguments = ModelArguments(base_folder, base_folder, ctc_units="characters", llm_units="ctc")
+    processor, chains, values = build_processor(arguments)
+    assert chains is None
+    assert set(processor.tokenizer(" the thing").input_ids) <= set(values["ctc_token_ids"])
+
+
+def test_units_of_another_name_are_refused(base_folder):
+    with pytest.raises(ValueError, match="ctc_units must be 'subset', 'characters', 'llm' or 'none', got 'bytes'"):
         build_processor(ModelArguments(base_folder, base_folder, ctc_units="bytes"))
+    with pytest.raises(ValueError, match="llm_units must be 'native' or 'ctc', got 'words'"):
+        build_processor(ModelArguments(base_folder, base_folder, llm_units="words"))

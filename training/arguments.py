@@ -29,8 +29,11 @@ class ModelArguments:
     Attributes:
         audio_model: Acoustic encoder: Hub id, folder, or `base:NAME` for one of `hf_speechllm.base_model`.
         language_model: Causal language model, likewise.
-        ctc_units: CTC labels: `subset` (lower-case tokens of a byte-level BPE), `llm` (its whole vocabulary), `none`.
+        ctc_units: CTC labels: `subset` (lower-case tokens of a byte-level BPE), `characters` (the shortest of them),
+            `llm` (its whole vocabulary), `none`.
         ctc_subset_size: Number of labels of `subset`.
+        llm_units: What the language model writes beside such CTC labels: `native` (its own tokens, each spelled by a
+            chain of CTC labels) or `ctc` (just the CTC labels; its tokeniser is restricted to them).
         config: Values of `SpeechLLMConfig`: projector, downsampling, prompt_before, ...
     """
 
@@ -38,6 +41,7 @@ class ModelArguments:
     language_model: str = ""
     ctc_units: str = "subset"
     ctc_subset_size: int = 1000
+    llm_units: str = "native"
     config: dict[str, Any] = field(default_factory=dict)
 
 

@@ -19,8 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.audio_encoders import encoder_layers
-from hf_speechllm.bpe_subset import restrict_merges, select_lowercase_tokens
+from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, subset_chains
 from hf_speechllm.data_collator import SpeechLLMDataCollator
+from hf_speechllm.label_chains import LabelChains
 from hf_speechllm.metrics import word_errors
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
@@ -32,18 +33,25 @@ from training.trainer import SpeechLLMTrainer, final_norm, load_trained
 logger = logging.getLogger(__name__)
 
 
-def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, dict[str, Any]]:
-    """The processor, and the values of the model's config that depend on its tokeniser."""
+def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, LabelChains | None, dict[str, Any]]:
+    """The processor, the chains of CTC labels that spell its tokens, if any, and config values of the tokeniser."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.language_model))
+    if arguments.llm_units not in ("native", "ctc"):
+        raise ValueError(f"llm_units must be 'native' or 'ctc', got {arguments.llm_units!r}.")
     units: dict[str, Any] = {}
-    if arguments.ctc_units == "subset":
-        units["ctc_token_ids"] = select_lowercase_tokens(tokenizer, arguments.ctc_subset_size)
-        tokenizer = restrict_merges(tokenizer, units["ctc_token_ids"])
+    chains = None
+    if arguments.ctc_units in ("subset", "characters"):
+        size = arguments.ctc_subset_size if arguments.ctc_units == "subset" else NUM_CHARACTERS
+        units["ctc_token_ids"] = select_lowercase_tokens(tokenizer, size)
+        if arguments.llm_units == "ctc":
+            tokenizer = restrict_merges(tokenizer, units["ctc_token_ids"])
+        else:
+            chains = subset_chains(tokenizer, units["ctc_token_ids"])
     elif arguments.ctc_units == "llm":
         special = set(tokenizer.all_special_ids)  # the end of sequence, for one, is never heard
         units["ctc_token_ids"] = [index for index in range(len(tokenizer)) if index not in special]
     elif arguments.ctc_units != "none":
-        raise ValueError(f"ctc_units must be 'subset', 'llm' or 'none', got {arguments.ctc_units!r}.")
+        raise ValueError(f"ctc_units must be 'subset', 'characters', 'llm' or 'none', got {arguments.ctc_units!r}.")
     processor = SpeechLLMProcessor(
         AutoFeatureExtractor.from_pretrained(resolve_model(arguments.audio_model)),
         tokenizer,
@@ -51,16 +59,17 @@ def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, dict
         prompt_after=arguments.config.get("prompt_after", ""),
     )
     units["audio_token_id"] = processor.audio_token_id
-    return processor, units
+    return processor, chains, units
 
 
 def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """The untrained speech LLM of two pre-trained models, and its processor."""
-    processor, units = build_processor(arguments)
+    processor, chains, units = build_processor(arguments)
     model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_model(arguments.audio_model),
         resolve_model(arguments.language_model),
         tokenizer=processor.tokenizer,
+        label_chains=chains,
         **{**units, **arguments.config},
     )
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
@@ -128,7 +137,7 @@ def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
     return {
         "audio_model": stage.model.audio_model,
         "language_model": stage.model.language_model,
-        "restricted_tokenizer": stage.model.ctc_units == "subset",
+        "restricted_tokenizer": stage.model.llm_units == "ctc" and stage.model.ctc_units in ("subset", "characters"),
         "lora_scaling": scalings.pop() if scalings else 1.0,
     }
 
