@@ -18,6 +18,7 @@ from .ctc_prefix_score import CTCPrefixScorer, CTCPrefixState
 from .ctc_text import labels_to_text_of
 from .data_collator import SpeechLLMDataCollator
 from .default_model import default_model
+from .fusion_pipeline import CTCFusionPipeline, Seq2SeqRescoringPipeline
 from .hypothesis import Hypothesis
 from .label_chains import LabelChains, build_chains, character_chains
 from .label_units import LabelUnits
@@ -47,6 +48,8 @@ def _register() -> None:
 _register()
 
 __all__ = [
+    "CTCFusionPipeline",
+    "Seq2SeqRescoringPipeline",
     "CTCPrefixLogitsProcessor",
     "CTCPrefixScorer",
     "CTCPrefixState",

@@ -92,6 +92,7 @@ class CTCPrefixScorer:
     labels: Tensor | None
     _emissions: Tensor  # [B, T, A'] log-probs as given: the caller's tensor (read only), or its `labels`, then blank
     _blank_emissions: Tensor  # [B, T] floored; 0 in padding, so the end state of short audio sits at index T
+    _log_prob_silence: Tensor  # [B, T+1] all frames so far blank: the cumulative sum of `_blank_emissions`, from 0
     _blank_column: int  # of `_emissions`; whatever is not scored maps to it
     _label_to_column: Tensor  # [B, 1 + A] int64 column of the labels -1 and up
     _is_padding: Tensor  # [B, T] bool
@@ -192,12 +193,14 @@ class CTCPrefixScorer:
             label_to_column = torch.full((len(lengths), 1 + num_labels), blank_column, device=device)
             label_to_column.scatter_(1, 1 + labels, torch.arange(blank_column, device=device).expand_as(labels))
         blank = emissions[:, :, blank_column].to(_state_dtype(device)).clamp(min=LOG_PROB_FLOOR)
+        blank = blank.masked_fill(is_padding, 0.0)
         return cls(
             blank_id=blank_id,
             num_labels=num_labels,
             labels=labels,
             _emissions=emissions,
-            _blank_emissions=blank.masked_fill(is_padding, 0.0),
+            _blank_emissions=blank,
+            _log_prob_silence=torch.nn.functional.pad(blank.cumsum(1), (1, 0)),
             _blank_column=blank_column,
             _label_to_column=label_to_column,
             _is_padding=is_padding,
@@ -232,8 +235,7 @@ class CTCPrefixScorer:
         """
         if num_beams < 1:
             raise ValueError(f"num_beams: expected at least 1, got {num_beams}; pass the beams per utterance.")
-        silent = _prepend(self._blank_emissions.cumsum(1), 0.0)  # B, T -> B, T+1: all frames so far blank
-        log_prob_blank = silent.repeat_interleave(num_beams, 0)
+        log_prob_blank = self._log_prob_silence.repeat_interleave(num_beams, 0)
         num_rows = log_prob_blank.shape[0]
         return CTCPrefixState(
             log_prob_nonblank=torch.full_like(log_prob_blank, -math.inf),
@@ -326,8 +328,8 @@ class CTCPrefixScorer:
         self._fill_padding_(log_phi, -math.inf, frame_dim=2)  # no label starts in padding
 
         emission = self._emission_of(label)  # B, K', T
-        nonblank = _prepend(_scan(log_phi, emission), -math.inf)  # B, K', T+1
-        blank = _prepend(_scan(nonblank[..., :-1], self._blank_emissions[:, None]), -math.inf)
+        nonblank = _scan(log_phi, emission, emission.cumsum(2))  # B, K', T+1
+        blank = _scan(nonblank[..., :-1], self._blank_emissions[:, None], self._log_prob_silence[:, None, 1:])
         self._fill_padding_(emission, -math.inf, frame_dim=2)  # the scans needed finite values
         # Sums over the frame in which the next label starts; log_phi is for this label, blank for its repetition.
         psi, repeat = torch.logsumexp(torch.stack((log_phi, blank[..., :-1])) + emission, dim=3).flatten(1)  # 2, N'
@@ -457,29 +459,28 @@ def _state_dtype(device: torch.device) -> torch.dtype:
     return torch.float64
 
 
-def _prepend(values: Tensor, start: float) -> Tensor:
-    """[..., T] -> [..., T+1] with `start` before the first frame."""
-    return torch.nn.functional.pad(values, (1, 0), value=start)
+def _scan(inflow: Tensor, emission: Tensor, total: Tensor) -> Tensor:
+    """Solves h[t + 1] = logaddexp(h[t], inflow[t]) + emission[t], h[0] = -inf, for all t at once.
 
-
-def _scan(inflow: Tensor, emission: Tensor) -> Tensor:
-    """Solves h[t] = logaddexp(h[t-1], inflow[t]) + emission[t], h[-1] = -inf, for all t at once: [..., T] -> [..., T].
-
-    `emission` must be finite. float64 uses cumulative sums P: h = P + logcumsumexp(inflow - shift(P)). In float32 these
-    differences cancel, so there an associative scan (log2 T rounds) combines neighbours instead.
+    `inflow` is [B, K, T]; `emission`, finite, and `total`, its cumulative sum P, broadcast to that. Returns
+    [B, K, T+1]. In float64 h = P + logcumsumexp(inflow - shift(P)). In float32 these differences cancel, so there an
+    associative scan (log2 T rounds) combines neighbours instead.
     """
+    levels = inflow.new_empty(*inflow.shape[:2], inflow.shape[2] + 1)  # B, K, T+1
+    levels[..., 0] = -math.inf
     if inflow.dtype == torch.float64:
-        total = emission.cumsum(-1)
-        return torch.logcumsumexp(inflow - (total - emission), dim=-1).add_(total)
-    decay, level = emission, inflow + emission
+        torch.add(torch.logcumsumexp(inflow - (total - emission), dim=2), total, out=levels[..., 1:])
+        return levels
+    decay, level = emission.expand_as(inflow), inflow + emission
     step = 1
-    while step < inflow.shape[-1]:
+    while step < inflow.shape[2]:
         # Element t covers `step` frames ending at t; join it with the element that ends `step` frames earlier.
         joined = torch.logaddexp(level[..., :-step] + decay[..., step:], level[..., step:])
-        level = torch.cat((level[..., :step], joined), dim=-1)
-        decay = torch.cat((decay[..., :step], decay[..., :-step] + decay[..., step:]), dim=-1)
+        level = torch.cat((level[..., :step], joined), dim=2)
+        decay = torch.cat((decay[..., :step], decay[..., :-step] + decay[..., step:]), dim=2)
         step *= 2
-    return level
+    levels[..., 1:] = level
+    return levels
 
 
 def _peaks(log_probs: Tensor, lengths: Tensor, first_frame: int = 0) -> Tensor:

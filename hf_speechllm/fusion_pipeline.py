@@ -319,7 +319,8 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
         options["num_return_sequences"] = options["num_beams"]
         # Of its processor the search asks for the tokenizer only, which a pipeline has too.
         if self.type == "seq2seq_whisper":  # a window of fixed length, whose padding it hears as silence
-            return nbest_from_seq2seq(self.model, self, features, **options)
+            whole_window = torch.ones_like(features[:, 0], dtype=torch.long)
+            return nbest_from_seq2seq(self.model, self, features, attention_mask=whole_window, **options)
         nbests = []
         for row, steps in enumerate(num_steps.tolist()):
             row_mask = {} if mask is None else {"attention_mask": mask[row : row + 1, :steps]}

@@ -94,6 +94,15 @@ def test_batch_equals_single_and_padding_changes_nothing() -> None:
     assert batch[2] == [] and len(batch[0]) == 5
 
 
+def test_padding_after_an_improbable_last_label() -> None:
+    """The transcript ends in a label, and without it the audio would be more probable."""
+    frame = torch.tensor([0.6, 0.1, 0.3])
+    log_probs = frame.repeat(2, 6, 1)
+    log_probs[:, 2] = torch.tensor([0.01, 0.2, 0.79])
+    aligned = align(log_probs.log(), torch.tensor([3, 6]), [[1], [1]], 0)
+    assert [(x.start_frame, x.end_frame) for (x,) in aligned] == [(2, 3), (2, 3)]
+
+
 def test_long_audio_is_exact_in_float32_input() -> None:
     """3000 frames: the labels stand where the posteriors say."""
     where = list(range(10, 3000, 50))

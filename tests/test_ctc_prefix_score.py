@@ -264,8 +264,8 @@ def test_head_in_chunks_never_sees_all_frames_and_labels() -> None:
     for value in vars(scorer).values():
         if isinstance(value, torch.Tensor):
             kept.append(value.untyped_storage().nbytes())  # the storage: a view of a chunk would keep it alive
-    # The column map [B, 1 + A], log-probs and probabilities [B, T, 17], blanks and padding [B, T], labels [B, 16].
-    assert sum(kept) == 2 * (num_labels + 1) * 8 + 2 * 64 * (17 * 4 * 2 + 8 + 1) + 2 * 16 * 8
+    # The column map [B, 1 + A], log-probs and probabilities [B, T, 17], blanks, their sums, padding, labels [B, 16].
+    assert sum(kept) == 2 * (num_labels + 1) * 8 + 2 * 64 * (17 * 4 * 2 + 8 + 8 + 1) + 2 * 8 + 2 * 16 * 8
     assert sum(kept) < log_probs.nbytes / 15
 
 
@@ -410,15 +410,17 @@ def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 64, 100])
 def test_both_scans_equal_a_loop(num_frames: int) -> None:
-    inflow, emission = random_log_probs(3, num_frames, seed=1), random_log_probs(3, num_frames, seed=2)
-    inflow[0] = -math.inf
-    level, want = torch.full((3,), -math.inf, dtype=torch.float64), []
+    inflow, emission = random_log_probs(1, 3, num_frames, seed=1), random_log_probs(1, 3, num_frames, seed=2)
+    inflow[0, 0] = -math.inf
+    level = torch.full((1, 3), -math.inf, dtype=torch.float64)
+    want = [level]
     for t in range(num_frames):
-        level = torch.logaddexp(level, inflow[:, t]) + emission[:, t]
+        level = torch.logaddexp(level, inflow[:, :, t]) + emission[:, :, t]
         want.append(level)
-    want = torch.stack(want, 1)
-    torch.testing.assert_close(ctc_prefix_score._scan(inflow, emission), want, rtol=0, atol=1e-10)
-    single = ctc_prefix_score._scan(inflow.float(), emission.float())
+    want = torch.stack(want, 2)
+    got = ctc_prefix_score._scan(inflow, emission, emission.cumsum(2))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    single = ctc_prefix_score._scan(inflow.float(), emission.float(), emission.float().cumsum(2))
     torch.testing.assert_close(single, want.float(), rtol=1e-5, atol=1e-4)
 
 

@@ -9,7 +9,7 @@ import soundfile as sf
 import torch
 from test_fusion_pipeline import ctc_parts, seq2seq_parts
 from tiny_models import loud_model, noise, tiny_model, tiny_processor, tiny_tokenizer
-from transformers import GenerationConfig, pipeline
+from transformers import GenerationConfig, GenerationMixin, pipeline
 
 from hf_speechllm.hypothesis import Hypothesis
 from hf_speechllm.lm_score import CausalLMScorer
@@ -99,6 +99,27 @@ def test_lists_of_other_models_are_scored_too(name, tmp_path, manifest, scorer):
         for row, own in zip(rows, fused.nbest(waveform, 2), strict=True):
             assert (row.labels, row.text, row.am_log_prob) == (own.labels, own.text.lower(), own.am_log_prob)
             assert row.lm_log_prob == pytest.approx(float(scorer.score([scorer.tokenize(row.text)])[0]), abs=1e-6)
+
+
+def test_multilingual_whisper_hears_english(manifest, scorer, monkeypatch):
+    pipe = pipeline("automatic-speech-recognition", **seq2seq_parts("whisper"))
+    pipe.model.generation_config.update(
+        is_multilingual=True,
+        lang_to_id={"<|de|>": 20, "<|en|>": 21},
+        task_to_id={"transcribe": 22},
+        max_new_tokens=3,
+        allow_custom_entries=True,
+    )
+    prompts = []
+    generate = GenerationMixin.generate
+
+    def spy(*arguments, **options):
+        prompts.append(options["decoder_input_ids"][0, 1:].tolist())
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spy)
+    tune_scales.nbest_lists(pipe, scorer, read_manifest(manifest, 1), 2, batch_size=1)
+    assert prompts == [[21, 22]]
 
 
 NBESTS = [

@@ -162,7 +162,9 @@ def nbest_lists(
         UsageError: If an utterance is too long.
     """
     if not is_speech_llm(pipe):
-        pipe = pipeline_for_lm(pipe.model)(pipe.model, pipe.feature_extractor, pipe.tokenizer, lm=lm)
+        is_multilingual = getattr(getattr(pipe.model, "generation_config", None), "is_multilingual", False)
+        options = {"generate_kwargs": {"language": "en"}} if is_multilingual else {}
+        pipe = pipeline_for_lm(pipe.model)(pipe.model, pipe.feature_extractor, pipe.tokenizer, lm=lm, **options)
     for utterance in utterances:
         if utterance.entry["duration"] > pipe.max_piece_s:
             raise UsageError(
