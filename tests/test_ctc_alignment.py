@@ -96,10 +96,9 @@ def test_batch_equals_single_and_padding_changes_nothing() -> None:
 
 def test_padding_after_an_improbable_last_label() -> None:
     """The transcript ends in a label, and without it the audio would be more probable."""
-    frame = torch.tensor([0.6, 0.1, 0.3])
-    log_probs = frame.repeat(2, 6, 1)
-    log_probs[:, 2] = torch.tensor([0.01, 0.2, 0.79])
-    aligned = align(log_probs.log(), torch.tensor([3, 6]), [[1], [1]], 0)
+    probs = torch.tensor([0.7, 0.0, 0.3]).repeat(2, 6, 1)
+    probs[:, 2] = torch.tensor([0.8, 0.2, 0.0])
+    aligned = align(probs.log(), torch.tensor([3, 6]), [[1], [1]], 0)
     assert [(x.start_frame, x.end_frame) for (x,) in aligned] == [(2, 3), (2, 3)]
 
 
