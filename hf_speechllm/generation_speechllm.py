@@ -121,6 +121,9 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             # transformers allows several results for its own beam search only.
             n_best = kwargs.pop("num_return_sequences", None) or generation_config.num_return_sequences or 1
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
+        unknown = set(kwargs) - {"synced_gpus"}  # which Seq2SeqTrainer passes always
+        if options["mode"] != "llm" and unknown:
+            raise ValueError(f"{sorted(unknown)[0]}: mode {options['mode']!r} knows no such argument; leave it out.")
         if options["mode"] == "ctc_greedy":
             audio = self.encode(input_features, input_features_mask)
             sequences = self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)

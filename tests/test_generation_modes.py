@@ -162,6 +162,9 @@ def test_wrong_options_are_named(model, inputs, tokenizer):
     lm = CausalLMScorer(model.language_model, tokenizer)
     with pytest.raises(ValueError, match="lm: mode 'ctc_beam' uses no language model"):
         model.generate(**inputs, mode="ctc_beam", lm=lm)
+    for mode in ("ctc_greedy", "ctc_beam"):
+        with pytest.raises(ValueError, match=f"fusion: mode '{mode}' knows no such argument; leave it out"):
+            model.generate(**inputs, mode=mode, fusion="delayed")
     without_labels = tiny_model(ctc_token_ids=None)
     for mode in (*SEARCHES, "ctc_greedy"):
         with pytest.raises(ValueError, match="need a CTC head whose labels are tokens of the language model"):
