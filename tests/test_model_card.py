@@ -50,3 +50,11 @@ def test_the_card_holds_each_figure_beside_its_data_set_and_decoding(parts):
     assert "| **12.3" in text and "speech LLM alone (num_beams=1) | **67.89**" in text
     assert card.data.base_model == ["UsefulSensors/moonshine-tiny", "HuggingFaceTB/SmolLM2-135M-Instruct"]
     assert "0.1 million parameters" in text and "LoRA 0.00 M, ctc_head 0.10 M" in text
+
+
+def test_an_interpolated_encoder_and_a_mode_without_a_name_are_told(parts):
+    assert "interpolate" not in write_card("tiny", parts, [row("A", "joint", 1.0)], "tiny.yaml", "'folder'")
+    recipe = json.loads((parts / "recipe.json").read_text())
+    (parts / "recipe.json").write_text(json.dumps({**recipe, "encoder_shares": [0.0, 0.5]}))
+    text = write_card("tiny", parts, [row("A", "new_mode", 1.0)], "tiny.yaml", "'folder'")
+    assert "training/interpolate.py`, shares [0.0, 0.5]" in text and "new_mode" in text

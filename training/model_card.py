@@ -59,7 +59,7 @@ that hold them quantised (Moonshine tiny in 8 bit, SmolLM2 in 4 bit): their weig
 ## Training
 
 Synthetic speech only. {trained} million parameters were trained ({parts});
-the rest are those of the base models. The recipe is `training/configs/{config_file}`.
+the rest are those of the base models. The recipe is `training/configs/{config_file}`.{interpolation}
 
 ## Decoding
 
@@ -77,11 +77,16 @@ def base_name(name: str) -> tuple[str, str]:
     return name, "other"
 
 
+def mode_name(mode: str) -> str:
+    """A mode in words; one that has none here by its name."""
+    return MODE_NAMES.get(mode, mode)
+
+
 def decoding(row: dict[str, Any]) -> str:
     """How the figures of a row were decoded: the mode, and options other than the model's own."""
     implied = {"mode", "ctc_weight"}
     options = ", ".join(f"{name}={value}" for name, value in row["options"].items() if name not in implied)
-    return MODE_NAMES.get(row["mode"], row["mode"]) + (f" ({options})" if options else "")
+    return mode_name(row["mode"]) + (f" ({options})" if options else "")
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
@@ -128,7 +133,7 @@ def write_card(name: str, parts: Path, results: list[dict[str, Any]], config_fil
             dataset_name=row["dataset"],
             metric_type="wer",
             metric_value=round(row["wer"], 2),
-            metric_name=f"WER, {MODE_NAMES[row['mode']]}",
+            metric_name=f"WER, {mode_name(row['mode'])}",
         )
         for row in results
     ]
@@ -143,6 +148,10 @@ def write_card(name: str, parts: Path, results: list[dict[str, Any]], config_fil
         eval_results=evaluations,
     )
     count, description = trained_parts(parts)
+    shares = recipe.get("encoder_shares")
+    interpolation = (
+        f"\nThe encoder lies between two of its stages (`training/interpolate.py`, shares {shares})." if shares else ""
+    )
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
         name=name,
@@ -155,6 +164,7 @@ def write_card(name: str, parts: Path, results: list[dict[str, Any]], config_fil
         trained=f"{count:.1f}",
         parts=description,
         config_file=config_file,
+        interpolation=interpolation,
         generation=(parts / "generation_config.json").read_text().strip(),
     )
 
