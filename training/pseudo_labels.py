@@ -1,0 +1,189 @@
+"""Training shards from recorded speech without texts: a recogniser transcribes, the lines it is sure of are kept.
+
+    python -m training.pseudo_labels --cache CACHE --out DIR [--game queen] [--threads 2]
+
+The speech is that of `training/game_speech.py`, the recogniser Moonshine tiny; sure means a high mean log-probability
+of its tokens. Shards are those of `training/synthesize.py`: a FLAC file and a JSONL manifest. Following lines are
+joined at random, so that there are utterances of one to several of them. What is done is not done again; the same
+command makes the same shards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
+
+import hf_speechllm
+from training.game_speech import GAMES, Clip
+from training.texts import normalise, spell_out
+from training.voices import SAMPLING_RATE
+
+BATCH_SIZE = 32
+MIN_LINE_S, MAX_LINE_S = 0.5, 16.0
+MAX_JOINED_S = 14.0
+JOIN_PROBABILITY = 0.55
+PAUSE_S = (0.1, 0.7)
+SHARD_S = 600.0
+TOKENS_PER_S = 6.5  # more than anyone speaks; recognisers that find no end would go on
+MIN_TOKENS = 16
+MIN_MEAN_LOG_PROB = -0.25
+
+
+@dataclass(frozen=True)
+class Transcription:
+    """What the recogniser heard: raw `text`, mean natural log-probability of its tokens, EOS included."""
+
+    text: str
+    mean_log_prob: float
+
+
+@torch.inference_mode()
+def transcribe(
+    model: PreTrainedModel, processor: ProcessorMixin, waveforms: Sequence[np.ndarray]
+) -> list[Transcription]:
+    """Greedy transcriptions of waveforms float32 [T] at 16 kHz by an encoder-decoder model."""
+    longest_s = max(map(len, waveforms)) / SAMPLING_RATE
+    inputs = processor(list(waveforms), sampling_rate=SAMPLING_RATE, return_tensors="pt", padding=True)
+    output = model.generate(
+        **inputs,
+        max_length=1 + MIN_TOKENS + math.ceil(TOKENS_PER_S * longest_s),
+        num_beams=1,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    log_probs = model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)  # B, L
+    tokens = output.sequences[:, 1:]
+    ended = tokens == model.generation_config.eos_token_id
+    valid = (ended.cumsum(1) - ended.long()) == 0  # EOS is the last valid token
+    means = log_probs.where(valid, 0).sum(1) / valid.sum(1)
+    texts = processor.tokenizer.batch_decode(output.sequences, skip_special_tokens=True)
+    return [Transcription(text.strip(), mean) for text, mean in zip(texts, means.tolist(), strict=True)]
+
+
+def transcribe_clips(clips: Sequence[Clip], path: Path) -> dict[str, Transcription]:
+    """Transcriptions by clip name; written to `path` batch by batch, and read from there what was done before."""
+    done: dict[str, Transcription] = {}
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("]")]
+        path.write_text("".join(line + "\n" for line in lines))  # without the last one, if it was cut off
+        done = {name: Transcription(*fields) for name, *fields in map(json.loads, lines)}
+    todo = sorted((clip for clip in clips if clip.name not in done), key=lambda clip: len(clip.waveform))
+    if not todo:
+        return done
+    folder = hf_speechllm.base_model("moonshine-tiny")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    progress = logging.tqdm(total=len(clips), initial=len(done), desc=path.stem, unit="clip")
+    with path.open("a") as file:
+        for first in range(0, len(todo), BATCH_SIZE):
+            batch = todo[first : first + BATCH_SIZE]
+            heard = transcribe(model, processor, [clip.waveform for clip in batch])
+            for clip, transcription in zip(batch, heard, strict=True):
+                done[clip.name] = transcription
+                file.write(json.dumps([clip.name, transcription.text, transcription.mean_log_prob]) + "\n")
+            file.flush()
+            progress.update(len(batch))
+    progress.close()
+    return done
+
+
+def label(transcription: Transcription) -> str | None:
+    """Words in the form of the training targets, or None where the recogniser was not sure or heard none."""
+    words = normalise(spell_out(transcription.text))
+    return words if words and transcription.mean_log_prob >= MIN_MEAN_LOG_PROB else None
+
+
+def joined_lines(
+    clips: Sequence[Clip], texts: dict[str, str], rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, str]]:
+    """Utterances of one or several following lines, pauses between them; only lines with a text."""
+    parts: list[np.ndarray] = []
+    words: list[str] = []
+    for clip in clips:
+        joined_s = sum(map(len, [*parts, clip.waveform])) / SAMPLING_RATE
+        agreed = clip.name in texts
+        if parts and (not agreed or joined_s > MAX_JOINED_S or rng.random() > JOIN_PROBABILITY):
+            yield np.concatenate(parts), " ".join(words)
+            parts, words = [], []
+        if agreed:
+            pause = [np.zeros(int(rng.uniform(*PAUSE_S) * SAMPLING_RATE), np.float32)] if parts else []
+            parts += [*pause, clip.waveform]
+            words.append(texts[clip.name])
+    if parts:
+        yield np.concatenate(parts), " ".join(words)
+
+
+def write_shards(utterances: Iterator[tuple[np.ndarray, str]], out: Path, name: str, licence: str) -> int:
+    """Writes `name`-00000.flac and .jsonl and so on below `out`; returns their number."""
+    shards, records, waveforms, samples = 0, [], [], 0
+
+    def flush() -> None:
+        stem = f"{name}-{shards:05d}"
+        scratch = out / f".{stem}.{os.getpid()}"
+        soundfile.write(scratch, np.concatenate(waveforms), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+        os.replace(scratch, out / f"{stem}.flac")
+        for record in records:
+            record["audio_filepath"] = f"{stem}.flac"
+        scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(scratch, out / f"{stem}.jsonl")
+
+    for waveform, text in utterances:
+        offset_s, duration_s = (round(count / SAMPLING_RATE, 7) for count in (samples, len(waveform)))
+        records.append({"offset": offset_s, "duration": duration_s, "text": text, "engine": name, "licence": licence})
+        waveforms.append(waveform)
+        samples += len(waveform)
+        if samples >= SHARD_S * SAMPLING_RATE:
+            flush()
+            shards, records, waveforms, samples = shards + 1, [], [], 0
+    if records:
+        flush()
+        shards += 1
+    return shards
+
+
+def make_game(game: str, cache: Path, out: Path) -> None:
+    """Transcribes the lines of a game and writes its shards."""
+    package, read = GAMES[game]
+    clips = [clip for clip in read(cache) if MIN_LINE_S <= len(clip.waveform) / SAMPLING_RATE <= MAX_LINE_S]
+    clips.sort(key=lambda clip: clip.name)
+    heard = transcribe_clips(clips, cache / f"{game}.jsonl")
+    labels = {clip.name: label(heard[clip.name]) for clip in clips}
+    texts = {name: text for name, text in labels.items() if text is not None}
+    rng = np.random.default_rng(zlib.crc32(game.encode()))
+    shards = write_shards(joined_lines(clips, texts, rng), out, game, package.licence)
+    kept_s = sum(len(clip.waveform) for clip in clips if clip.name in texts) / SAMPLING_RATE
+    print(f"{game}: {len(texts)} of {len(clips)} lines, {kept_s / 3600:.2f} h, {shards} shards")
+
+
+def main() -> None:
+    """Makes the shards of the games that are missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for packages and transcriptions")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--game", action="append", choices=sorted(GAMES), help="repeatable; all by default")
+    parser.add_argument("--threads", type=int, help="of torch")
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for game in arguments.game or sorted(GAMES):
+        if (arguments.out / f"{game}-00000.jsonl").exists():
+            print(f"{game}: there already")
+        else:
+            make_game(game, arguments.cache, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
