@@ -4,6 +4,7 @@ The method is energy alone: 10 ms levels, a noise floor estimated inside each se
 hysteresis. It needs one pass over the samples and keeps about 100 numbers per second of audio.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,36 +62,67 @@ def split_at_pauses(
     Raises:
         ValueError: a waveform that is not one-dimensional, or limits that cannot be met.
     """
+    pieces = split_blocks([waveform], sampling_rate, max_duration_s, min_duration_s)
+    return [segment for segment, _ in pieces]
+
+
+def split_blocks(
+    blocks: Iterable[np.ndarray],
+    sampling_rate: int,
+    max_duration_s: float = 30.0,
+    min_duration_s: float | None = None,
+) -> Iterator[tuple[Segment, np.ndarray]]:
+    """The segments of [`split_at_pauses`], for a recording that arrives block by block and need not fit into memory.
+
+    A segment comes out as soon as nothing later can move its end; one and a half of the longest segments and a block
+    are kept.
+
+    Args:
+        blocks: float [samples] of any lengths, which together are the recording.
+        sampling_rate, max_duration_s, min_duration_s: as for [`split_at_pauses`].
+
+    Returns:
+        Each segment with its samples, in order.
+
+    Raises:
+        ValueError: a block that is not one-dimensional, or limits that cannot be met.
+    """
     if min_duration_s is None:
         min_duration_s = max_duration_s / 2
-    _check_arguments(waveform, sampling_rate, max_duration_s, min_duration_s)
-    if len(waveform) == 0:
-        return []
+    _check_limits(sampling_rate, max_duration_s, min_duration_s)
     hop = max(1, sampling_rate // _LEVELS_PER_SECOND)
-    levels = _smooth(_levels_dbfs(waveform, hop), 3)
     # Cuts fall on multiples of the hop: rounding down keeps the longest segment within max_duration_s.
     longest = int(max_duration_s * sampling_rate) // hop
-    shortest = min(-int(-min_duration_s * sampling_rate // hop), longest // 2)
-    cuts = [0]
-    while len(waveform) - cuts[-1] * hop > longest * hop:
-        remaining = -(-(len(waveform) - cuts[-1] * hop) // hop)
-        earliest, latest = cuts[-1] + shortest, cuts[-1] + min(longest, remaining - shortest)
-        cuts.append(_best_cut(levels, cuts[-1], earliest, latest))
-    bounds = [cut * hop for cut in cuts] + [len(waveform)]
-    silent = [
-        bool(levels[cut : -(-end // hop)].max() < SILENCE_DBFS) for cut, end in zip(cuts, bounds[1:], strict=True)
-    ]
-    return [
-        Segment(start / sampling_rate, end / sampling_rate, is_silence)
-        for start, end, is_silence in zip(bounds, bounds[1:], silent, strict=False)
-    ]
+    shortest = max(1, min(-int(-min_duration_s * sampling_rate // hop), longest // 2))  # a cut gets ahead
+    # What follows this many samples has no say in the next cut: the last levels are for the segment after it and for
+    # the smoothing.
+    lookahead = (longest + shortest + 2) * hop
+    arriving = iter(blocks)
+    samples, start, before = np.zeros(0, np.float32), 0, np.zeros(0, np.float32)
+    while True:
+        while len(samples) < lookahead and (block := next(arriving, None)) is not None:
+            _check_block(block)
+            samples = np.concatenate((samples, block)) if len(samples) else block
+        if len(samples) == 0:
+            return
+        raw = _levels_dbfs(samples[:lookahead], hop)
+        levels = _smooth(np.concatenate((before, raw)), 3)[len(before) :]
+        cut = remaining = -(-len(samples) // hop)
+        if len(samples) > longest * hop:
+            cut = _best_cut(levels, shortest, min(longest, remaining - shortest))
+        end = min(cut * hop, len(samples))
+        yield (
+            Segment(start / sampling_rate, (start + end) / sampling_rate, bool(levels[:cut].max() < SILENCE_DBFS)),
+            samples[:end],
+        )
+        samples, start, before = samples[end:], start + end, raw[cut - 1 : cut]
 
 
-def _best_cut(levels: np.ndarray, start: int, earliest: int, latest: int) -> int:
-    """Index of the best cut in [earliest, latest] for a segment that begins at `start`, all counted in levels."""
+def _best_cut(levels: np.ndarray, earliest: int, latest: int) -> int:
+    """Index of the best cut in [earliest, latest] for a segment that begins at 0, all counted in levels."""
     # The floor is the quietest stretch as long as a pause; like the loud level it comes from all that the segment may
     # hold, so both follow a changing background.
-    reach = levels[start : latest + 1]
+    reach = levels[: latest + 1]
     floor, loud = _smooth(reach, _MIN_PAUSE_LEVELS).min(), np.percentile(reach, 95)
     speech_begins = floor + max(6.0, 0.4 * (loud - floor))
     speech_ends = floor + max(3.0, 0.25 * (loud - floor))
@@ -138,11 +170,12 @@ def _smooth(levels: np.ndarray, width: int) -> np.ndarray:
     return (sums[width:] - sums[:-width]) / width
 
 
-def _check_arguments(waveform: np.ndarray, sampling_rate: int, max_duration_s: float, min_duration_s: float) -> None:
-    if waveform.ndim != 1:
-        raise ValueError(
-            f"waveform: expected one channel [samples], got shape {list(waveform.shape)}; mix to mono first"
-        )
+def _check_block(block: np.ndarray) -> None:
+    if block.ndim != 1:
+        raise ValueError(f"waveform: expected one channel [samples], got shape {list(block.shape)}; mix to mono first")
+
+
+def _check_limits(sampling_rate: int, max_duration_s: float, min_duration_s: float) -> None:
     if sampling_rate < 1:
         raise ValueError(f"sampling_rate: expected a positive number of Hz, got {sampling_rate}")
     if not max_duration_s >= 0.2:
