@@ -11,10 +11,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import soundfile
@@ -60,9 +60,25 @@ def load_audio(source: str | os.PathLike[str] | bytes, sampling_rate: int = SAMP
             infinite samples, or needs ffmpeg and there is none.
         TypeError: `source` is neither a path nor bytes.
     """
+    return _join(stream_audio(source, sampling_rate))
+
+
+def stream_audio(source: str | os.PathLike[str] | bytes, sampling_rate: int = SAMPLING_RATE) -> Iterator[np.ndarray]:
+    """Decode a recording block by block, for one that need not fit into memory.
+
+    Args:
+        source: as for [`load_audio`].
+        sampling_rate: as for [`load_audio`].
+
+    Returns:
+        Blocks of the waveform that [`load_audio`] returns, at least one, some seconds each.
+
+    Raises:
+        AudioError, TypeError: as [`load_audio`]; damage is found only where it lies, after the blocks before it.
+    """
     _check_sampling_rate("sampling_rate", sampling_rate)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _load_bytes(bytes(source), sampling_rate, "audio bytes")
+        return _stream_bytes(bytes(source), sampling_rate, "audio bytes")
     if not isinstance(source, str | os.PathLike):
         raise TypeError(
             f"source: expected a path or the bytes of an audio file, got {type(source).__name__}; "
@@ -78,12 +94,12 @@ def load_audio(source: str | os.PathLike[str] | bytes, sampling_rate: int = SAMP
     if stat.S_ISDIR(status.st_mode):
         raise AudioError(f"{path}: is a directory, expected an audio file")
     if stat.S_ISFIFO(status.st_mode):  # decoders seek, pipes cannot
-        return _load_bytes(path.read_bytes(), sampling_rate, str(path))
+        return _stream_bytes(path.read_bytes(), sampling_rate, str(path))
     if not stat.S_ISREG(status.st_mode):
         raise AudioError(f"{path}: is not a regular file, expected an audio file")
     if status.st_size == 0:
         raise AudioError(f"{path}: empty file (0 bytes)")
-    return _load_file(path, sampling_rate, str(path))
+    return _stream_file(path, sampling_rate, str(path))
 
 
 def prepare_waveform(
@@ -117,7 +133,7 @@ def prepare_waveform(
             f"audio: expected an array of samples, got {type(audio).__name__} ({one_line(error)})"
         ) from None
     waveform = _mix_to_mono(_to_float32(array))
-    return _finish(waveform, int(sampling_rate), target_sampling_rate, "audio")
+    return _join(_finish([waveform], int(sampling_rate), target_sampling_rate, "audio"))
 
 
 def _unpack_mapping(audio: Mapping[str, Any], sampling_rate: int | None) -> tuple[Any, int | None]:
@@ -160,55 +176,62 @@ def _mix_to_mono(array: np.ndarray) -> np.ndarray:
     return array.mean(axis=0 if array.shape[0] <= array.shape[1] else 1, dtype=np.float32)
 
 
-def _load_bytes(data: bytes, sampling_rate: int, name: str) -> np.ndarray:
+def _join(blocks: Iterator[np.ndarray]) -> np.ndarray:
+    parts = list(blocks)
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+
+
+def _stream_bytes(data: bytes, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
     if not data:
         raise AudioError(f"{name}: empty (0 bytes)")
     try:
-        waveform, source_rate = _read_soundfile(io.BytesIO(data), name)
+        reader = soundfile.SoundFile(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         # ffmpeg has to seek in some containers (mp4 with its index at the end), hence a file and not a pipe.
         with tempfile.TemporaryDirectory(prefix="hf_speechllm_") as folder:
             path = Path(folder) / "audio"
             path.write_bytes(data)
-            return _load_with_ffmpeg(path, sampling_rate, name, error)
-    return _finish(waveform, source_rate, sampling_rate, name)
+            yield from _stream_with_ffmpeg(path, sampling_rate, name, error)
+        return
+    with reader:
+        yield from _finish(_decoded_blocks(reader, name), reader.samplerate, sampling_rate, name)
 
 
-def _load_file(path: Path, sampling_rate: int, name: str) -> np.ndarray:
+def _stream_file(path: Path, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
     try:
-        with path.open("rb") as file:
-            waveform, source_rate = _read_soundfile(file, name)
+        file = path.open("rb")
     except OSError as error:
         raise AudioError(f"{name}: cannot be opened ({one_line(error)})") from None
-    except soundfile.LibsndfileError as error:
-        return _load_with_ffmpeg(path, sampling_rate, name, error)
-    return _finish(waveform, source_rate, sampling_rate, name)
-
-
-def _read_soundfile(file: Any, name: str) -> tuple[np.ndarray, int]:
-    """Decode with libsndfile, one block at a time so that many channels never lie in memory together.
-
-    Raises:
-        soundfile.LibsndfileError: the format is not known to libsndfile.
-        AudioError: the format is known but its content is damaged.
-    """
-    # soundfile reads the suffix of `file.name` and wants a rate for ".raw"; by descriptor it looks at the content.
-    source = file if isinstance(file, io.BytesIO) else file.fileno()
-    with soundfile.SoundFile(source, closefd=False) as reader:
-        blocks = []
+    with file:
         try:
-            while len(block := reader.read(_READ_BLOCK_FRAMES, dtype="float32", always_2d=True)):
-                blocks.append(block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+            # soundfile reads the suffix of a name and wants a rate for ".raw"; by descriptor it looks at the content.
+            reader = soundfile.SoundFile(file.fileno(), closefd=False)
         except soundfile.LibsndfileError as error:
-            raise AudioError(f"{name}: damaged {reader.format} file ({_reason(error)})") from None
-        samples = sum(map(len, blocks))
-        # The length of mp3 and ogg is an estimate; a flac header states it exactly.
-        if reader.format == "FLAC" and samples < reader.frames:
-            raise AudioError(f"{name}: damaged FLAC file (only {samples} of {reader.frames} samples can be decoded)")
-        return np.concatenate(blocks) if blocks else np.zeros(0, np.float32), reader.samplerate
+            cause = error
+        else:
+            with reader:
+                yield from _finish(_decoded_blocks(reader, name), reader.samplerate, sampling_rate, name)
+            return
+    yield from _stream_with_ffmpeg(path, sampling_rate, name, cause)
 
 
-def _load_with_ffmpeg(path: Path, sampling_rate: int, name: str, cause: soundfile.LibsndfileError) -> np.ndarray:
+def _decoded_blocks(reader: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
+    """Blocks of one channel; AudioError if the content is damaged."""
+    samples = 0
+    try:
+        while len(block := reader.read(_READ_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+            samples += len(block)
+            yield block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{name}: damaged {reader.format} file ({_reason(error)})") from None
+    # The length of mp3 and ogg is an estimate; a flac header states it exactly.
+    if reader.format == "FLAC" and samples < reader.frames:
+        raise AudioError(f"{name}: damaged FLAC file (only {samples} of {reader.frames} samples can be decoded)")
+
+
+def _stream_with_ffmpeg(
+    path: Path, sampling_rate: int, name: str, cause: soundfile.LibsndfileError
+) -> Iterator[np.ndarray]:
     """Decode what libsndfile refused; ffmpeg mixes the channels and resamples."""
     executable = shutil.which("ffmpeg")
     if executable is None:
@@ -219,35 +242,62 @@ def _load_with_ffmpeg(path: Path, sampling_rate: int, name: str, cause: soundfil
     # "file:" and the whitelist keep a name such as "http://..." or a playlist in the file from reaching the network.
     command = [executable, "-nostdin", "-v", "error", "-protocol_whitelist", "file", "-i", f"file:{path}", "-vn"]
     command += ["-f", "f32le", "-ac", "1", "-ar", str(sampling_rate), "-"]
-    try:
-        result = subprocess.run(command, capture_output=True, check=False)
-    except OSError as error:
-        raise AudioError(f"{name}: ffmpeg could not be started ({one_line(error)})") from None
-    if result.returncode != 0:
-        lines = result.stderr.decode("utf-8", "replace").replace(f"file:{path}: ", "").strip().splitlines()
-        reason = lines[-1].strip() if lines else f"exit status {result.returncode}"
+    with tempfile.TemporaryFile() as messages:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages)
+        except OSError as error:
+            raise AudioError(f"{name}: ffmpeg could not be started ({one_line(error)})") from None
+        try:
+            yield from _finish(_raw_blocks(process, path, name, messages), sampling_rate, sampling_rate, name)
+        finally:
+            process.kill()  # without effect on one that has ended
+            process.stdout.close()
+            process.wait()
+
+
+def _raw_blocks(process: subprocess.Popen[bytes], path: Path, name: str, messages: IO[bytes]) -> Iterator[np.ndarray]:
+    """What ffmpeg writes, little-endian float32; AudioError if it gives up."""
+    while data := process.stdout.read(4 * _READ_BLOCK_FRAMES):
+        yield np.frombuffer(data, dtype="<f4").astype(np.float32)
+    if process.wait() != 0:
+        messages.seek(0)
+        lines = messages.read().decode("utf-8", "replace").replace(f"file:{path}: ", "").strip().splitlines()
+        reason = lines[-1].strip() if lines else f"exit status {process.returncode}"
         raise AudioError(f"{name}: neither libsndfile nor ffmpeg can read it as audio (ffmpeg: {reason})")
-    waveform = np.frombuffer(result.stdout, dtype="<f4").astype(np.float32)
-    return _finish(waveform, sampling_rate, sampling_rate, name)
 
 
-def _finish(waveform: np.ndarray, source_rate: int, sampling_rate: int, name: str) -> np.ndarray:
-    """Check the samples and resample: [samples] at `source_rate` -> [samples'] at `sampling_rate`."""
-    if len(waveform) == 0:
+def _finish(blocks: Iterable[np.ndarray], source_rate: int, sampling_rate: int, name: str) -> Iterator[np.ndarray]:
+    """Check the samples and resample: blocks at `source_rate` to blocks at `sampling_rate`, at least one."""
+    resampler = None
+    source_samples = samples = 0
+    for block in blocks:
+        source_samples += len(block)
+        if not np.isfinite(block).all():
+            raise AudioError(f"{name}: contains NaN or infinite samples, expected finite numbers")
+        if source_rate != sampling_rate:
+            if resampler is None:
+                _check_source_rate(source_rate, name)
+                resampler = soxr.ResampleStream(source_rate, sampling_rate, 1, dtype=np.float32)
+            block = resampler.resample_chunk(np.ascontiguousarray(block))
+        samples += len(block)
+        if len(block):
+            yield block
+    if source_samples == 0:
         raise AudioError(f"{name}: contains no audio samples")
-    if not np.isfinite(waveform).all():
-        raise AudioError(f"{name}: contains NaN or infinite samples, expected finite numbers")
-    if source_rate == sampling_rate:
-        return np.ascontiguousarray(waveform)
+    if resampler is not None:
+        rest = resampler.resample_chunk(np.zeros(0, np.float32), last=True)
+        if samples + len(rest) == 0:
+            raise AudioError(f"{name}: {source_samples} samples at {source_rate} Hz are too few to resample")
+        if len(rest):
+            yield rest
+
+
+def _check_source_rate(source_rate: int, name: str) -> None:
     if not _MIN_SAMPLING_RATE <= source_rate <= _MAX_SAMPLING_RATE:
         raise AudioError(
             f"{name}: sampling rate {source_rate} Hz, "
             f"expected {_MIN_SAMPLING_RATE} to {_MAX_SAMPLING_RATE} Hz; the header is probably damaged"
         )
-    resampled = soxr.resample(waveform, source_rate, sampling_rate)
-    if len(resampled) == 0:
-        raise AudioError(f"{name}: {len(waveform)} samples at {source_rate} Hz are too few to resample")
-    return resampled.astype(np.float32, copy=False)
 
 
 def _check_sampling_rate(parameter: str, value: int) -> None:

@@ -15,12 +15,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .audio import load_audio, prepare_waveform
+from .audio import prepare_waveform, stream_audio
 from .lm_score import CausalLMScorer
 from .processing_speechllm import SpeechLLMProcessor
-from .segmentation import split_at_pauses
+from .segmentation import split_blocks
 
-MIN_CHUNK_LENGTH_S = 0.2  # what `split_at_pauses` can do
+MIN_CHUNK_LENGTH_S = 0.2  # what `split_blocks` can do
 LanguageModel = str | os.PathLike[str] | CausalLMScorer
 
 
@@ -78,19 +78,21 @@ class SegmentedPipeline(AutomaticSpeechRecognitionPipeline):
         rate = self.feature_extractor.sampling_rate
         extra: dict[str, Any] = {}
         if isinstance(inputs, (str, bytes)):
-            waveform = load_audio(self._fetch(inputs), rate)
+            blocks = stream_audio(self._fetch(inputs), rate)
         else:
             if isinstance(inputs, dict):
                 known = {"raw", "array", "sampling_rate", "path"}
                 extra = {name: value for name, value in inputs.items() if name not in known}
-            waveform = prepare_waveform(inputs, None if isinstance(inputs, dict) else rate, rate)
+            blocks = [prepare_waveform(inputs, None if isinstance(inputs, dict) else rate, rate)]
         limit_s = self.max_piece_s if chunk_length_s is None else min(self.max_piece_s, chunk_length_s)
-        segments = split_at_pauses(waveform, rate, limit_s)
         dtype = self.dtype if self.dtype is not None else torch.float32
-        for index, segment in enumerate(segments):
-            features = self.extract_features(segment.slice(waveform, rate))
+        pieces = split_blocks(blocks, rate, limit_s)
+        following = next(pieces, None)
+        while following is not None:
+            (segment, waveform), following = following, next(pieces, None)
+            features = self.extract_features(waveform)
             yield {
-                "is_last": index == len(segments) - 1,
+                "is_last": following is None,
                 **{name: value.to(dtype) if value.is_floating_point() else value for name, value in features.items()},
                 "segment_s": torch.tensor([[segment.start_s, segment.end_s]], dtype=torch.float64),
                 **extra,

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .audio import AudioError, load_audio, one_line
-from .segmentation import Segment, split_at_pauses
+from .audio import AudioError, one_line, stream_audio
+from .segmentation import Segment, split_blocks
 
 DEFAULT_MAX_DURATION_S = 30.0
 
@@ -91,10 +91,10 @@ class Recognizer:
 
 @dataclass
 class _Job:
-    """A recording on its way: `texts` holds one entry per segment, None until it is recognised."""
+    """A recording on its way: `texts` holds one entry per segment so far, None until it is recognised."""
 
     name: str
-    duration_s: float = 0.0
+    is_read: bool = False
     segments: list[Segment] = field(default_factory=list)
     texts: list[str | None] = field(default_factory=list)
     processing_s: float = 0.0
@@ -102,7 +102,7 @@ class _Job:
 
     @property
     def is_done(self) -> bool:
-        return self.failure is not None or None not in self.texts
+        return self.failure is not None or (self.is_read and None not in self.texts)
 
     def result(self) -> Transcript | FailedRecording:
         if self.failure is not None:
@@ -111,7 +111,7 @@ class _Job:
             TimedText(segment.start_s, segment.end_s, text)
             for segment, text in zip(self.segments, self.texts, strict=True)
         )
-        return Transcript(self.name, self.duration_s, timed, self.processing_s)
+        return Transcript(self.name, self.segments[-1].end_s, timed, self.processing_s)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class _Piece:
 def transcribe(recognizer: Recognizer, recordings: Iterable[Recording]) -> Iterator[Transcript | FailedRecording]:
     """Transcribe recordings in their order, each reported as soon as it is finished.
 
-    Recordings are read while the iteration proceeds, so memory holds about one batch of them. Segments without any
+    Recordings are read while the iteration proceeds, block by block: memory holds about one batch of pieces, however
+    long the recordings are. Segments without any
     sound (see `Segment.is_silence`) get an empty text without asking the model, which might invent one.
     """
     jobs: deque[_Job] = deque()
@@ -144,23 +145,23 @@ def transcribe(recognizer: Recognizer, recordings: Iterable[Recording]) -> Itera
 
 
 def _pieces(recognizer: Recognizer, recordings: Iterable[Recording], jobs: deque[_Job]) -> Iterator[_Piece]:
-    """Read each recording, append its job to `jobs` and yield the pieces that the model has to hear."""
+    """Append a job for each recording to `jobs`, read it and yield the pieces that the model has to hear."""
     for recording in recordings:
         job = _Job(recording.name)
+        jobs.append(job)
         try:
-            waveform = load_audio(recording.source, recognizer.sampling_rate)
-            job.duration_s = len(waveform) / recognizer.sampling_rate
-            job.segments = split_at_pauses(waveform, recognizer.sampling_rate, recognizer.max_duration_s)
+            blocks = stream_audio(recording.source, recognizer.sampling_rate)
+            for segment, waveform in split_blocks(blocks, recognizer.sampling_rate, recognizer.max_duration_s):
+                job.segments.append(segment)
+                job.texts.append("" if segment.is_silence else None)
+                if not segment.is_silence:
+                    yield _Piece(job, len(job.segments) - 1, waveform)
         except AudioError as error:
             message = str(error)
             job.failure = message if recording.name in message else f"{recording.name}: {message}"
         except Exception as error:  # one recording that cannot be read must not end a long run
             job.failure = f"{recording.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
-        job.texts = ["" if segment.is_silence else None for segment in job.segments]
-        jobs.append(job)
-        for index, segment in enumerate(job.segments):
-            if job.failure is None and not segment.is_silence:
-                yield _Piece(job, index, segment.slice(waveform, recognizer.sampling_rate))
+        job.is_read = True
 
 
 def _recognize(recognizer: Recognizer, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, str | Exception]]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
-from hf_speechllm.audio import AudioError, load_audio, prepare_waveform
+from hf_speechllm.audio import AudioError, load_audio, prepare_waveform, stream_audio
 
 RATE = 16_000
 SECOND = (0.5 * np.sin(2 * np.pi * 440 * np.arange(RATE) / RATE)).astype(np.float32)
@@ -253,3 +254,25 @@ def test_prepare_scales_integers_and_resamples():
 def test_prepare_refuses(audio, rate, message):
     with pytest.raises(AudioError, match=message):
         prepare_waveform(audio, rate)
+
+
+@pytest.mark.parametrize("rate", [16_000, 44_100])
+def test_blocks_are_the_whole_waveform(tmp_path, rate):
+    """Resampled as in one piece, and never held as a whole."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 100 * rate).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", noise, rate, subtype="FLOAT")
+    expected = noise if rate == 16_000 else soxr.resample(noise, rate, 16_000)
+    blocks = list(stream_audio(tmp_path / "a.wav"))
+    assert len(blocks) > 3 and max(map(len, blocks)) < 20 * 16_000
+    np.testing.assert_array_equal(np.concatenate(blocks), expected)
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav"), expected)
+
+
+def test_damage_is_found_after_the_blocks_before_it(tmp_path):
+    samples = np.zeros(60 * 16_000, np.float32)
+    samples[-1] = np.nan
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+    blocks = stream_audio(tmp_path / "a.wav")
+    assert len(next(blocks)) > 0
+    with pytest.raises(AudioError, match="contains NaN"):
+        list(blocks)

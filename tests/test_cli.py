@@ -176,7 +176,7 @@ def test_unexpected_failure_of_reading(pipe, tmp_path, capsys, monkeypatch):
     def refuse(source, sampling_rate):
         raise MemoryError("too\nlong")
 
-    monkeypatch.setattr("hf_speechllm.transcription.load_audio", refuse)
+    monkeypatch.setattr("hf_speechllm.transcription.stream_audio", refuse)
     assert run(tmp_path / "a.wav") == 1
     assert (
         capsys.readouterr().err == f"speechllm: error: {tmp_path / 'a.wav'}: cannot be read (MemoryError: too long)\n"
