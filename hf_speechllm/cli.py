@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,7 +112,7 @@ def run_transcribe(arguments: argparse.Namespace) -> int:
     failures = 0
     progress = sys.stderr.isatty() if arguments.progress is None else arguments.progress
     with tqdm(total=len(tasks), unit="file", disable=not progress, file=sys.stderr) as bar:
-        for task, result in _results(recognizer, tasks):
+        for task, result in _results(recognizer, tasks, _show_audio_s(bar)):
             if isinstance(result, Transcript) and task.output_path is not None:
                 result = _write_file(task.output_path, FORMATS[arguments.format](result), result)
             if isinstance(result, FailedRecording):
@@ -246,9 +246,24 @@ def _with_outputs(found: list[tuple[Recording | FailedRecording, Path]], argumen
     return tasks
 
 
-def _results(recognizer: Recognizer, tasks: list[Task]) -> Iterator[tuple[Task, Transcript | FailedRecording]]:
+def _show_audio_s(bar: tqdm) -> Callable[[float], None]:
+    """What tells the progress bar how much audio is done: a single long file is one step of it."""
+    done_s = 0.0
+
+    def on_piece(duration_s: float) -> None:
+        nonlocal done_s
+        done_s += duration_s
+        bar.set_postfix_str(f"{done_s / 60:.1f} min of audio")
+
+    return on_piece
+
+
+def _results(
+    recognizer: Recognizer, tasks: list[Task], on_piece: Callable[[float], None]
+) -> Iterator[tuple[Task, Transcript | FailedRecording]]:
     """One result per task, in order."""
-    transcripts = transcribe(recognizer, (task.recording for task in tasks if isinstance(task.recording, Recording)))
+    recordings = (task.recording for task in tasks if isinstance(task.recording, Recording))
+    transcripts = transcribe(recognizer, recordings, on_piece)
     for task in tasks:
         yield task, next(transcripts) if isinstance(task.recording, Recording) else task.recording
 

@@ -121,8 +121,12 @@ class _Piece:
     waveform: np.ndarray
 
 
-def transcribe(recognizer: Recognizer, recordings: Iterable[Recording]) -> Iterator[Transcript | FailedRecording]:
+def transcribe(
+    recognizer: Recognizer, recordings: Iterable[Recording], on_piece: Callable[[float], None] | None = None
+) -> Iterator[Transcript | FailedRecording]:
     """Transcribe recordings in their order, each reported as soon as it is finished.
+
+    `on_piece` is told the seconds of every piece that is done, for a progress bar.
 
     Recordings are read while the iteration proceeds, block by block: memory holds about one batch of pieces, however
     long the recordings are. Segments without any
@@ -132,6 +136,8 @@ def transcribe(recognizer: Recognizer, recordings: Iterable[Recording]) -> Itera
     resumed = time.perf_counter()
     for piece, outcome in _recognize(recognizer, _pieces(recognizer, recordings, jobs)):
         piece.job.processing_s += time.perf_counter() - resumed
+        if on_piece is not None:
+            on_piece(len(piece.waveform) / recognizer.sampling_rate)
         if isinstance(outcome, str):
             piece.job.texts[piece.index] = outcome
         elif piece.job.failure is None:

@@ -232,11 +232,12 @@ def test_subtitle_formats():
 
 
 def test_progress_bar_only_on_request_or_on_a_terminal(pipe, tmp_path, capsys, monkeypatch):
-    recording = write(tmp_path / "a.wav", 2)
+    recording = write(tmp_path / "a.wav", 90)
     run(recording)
     assert capsys.readouterr().err == ""
     run(recording, "--progress")
-    assert "1/1" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1/1" in err and "1.5 min of audio" in err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(recording)
     assert "1/1" in capsys.readouterr().err
