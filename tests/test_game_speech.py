@@ -184,3 +184,29 @@ def test_transcription_goes_on_after_a_kill(recogniser, tmp_path, monkeypatch):
     path.write_text("\n".join(lines[:2]) + "\n" + lines[2][:9])
     assert transcribe_clips(clips, path) == whole
     assert transcribe_clips(clips, path) == whole
+
+
+def test_the_last_shard_of_a_game_is_development_data(tmp_path, monkeypatch):
+    clips = _clips([1.0, 2.0, 1.5, 20.0, 0.1])
+    heard = {clip.name: Transcription(f"Line {clip.name}.", -0.1) for clip in clips}
+    package = game_speech.Package("debian", "some-game", "", "free")
+    monkeypatch.setattr(pseudo_labels, "GAMES", {"some": (package, lambda cache: iter(reversed(clips)))})
+    monkeypatch.setattr(pseudo_labels, "transcribe_clips", lambda clips, path: {c.name: heard[c.name] for c in clips})
+    monkeypatch.setattr(pseudo_labels, "JOIN_PROBABILITY", 0.0)
+    monkeypatch.setattr(pseudo_labels, "SHARD_S", 2.5)
+    arguments = ["--cache", tmp_path, "--out", tmp_path / "train", "--dev-out", tmp_path / "dev"]
+    monkeypatch.setattr("sys.argv", ["pseudo_labels", *map(str, arguments)])
+    pseudo_labels.main()
+    texts = {
+        folder: [
+            json.loads(line)["text"]
+            for path in sorted((tmp_path / folder).glob("*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+        for folder in ("train", "dev")
+    }
+    assert texts == {"train": ["line zero", "line one"], "dev": ["line two"]}  # too long and too short: left out
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    pseudo_labels.main()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert {path.suffix for path in (tmp_path / "dev").iterdir()} == {".flac", ".jsonl"}

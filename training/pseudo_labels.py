@@ -1,10 +1,11 @@
 """Training shards from recorded speech without texts: a recogniser transcribes, the lines it is sure of are kept.
 
-    python -m training.pseudo_labels --cache CACHE --out DIR [--game queen] [--threads 2]
+    python -m training.pseudo_labels --cache CACHE --out DIR --dev-out DEV [--game queen] [--threads 2]
 
 The speech is that of `training/game_speech.py`, the recogniser Moonshine tiny; sure means a high mean log-probability
 of its tokens. Shards are those of `training/synthesize.py`: a FLAC file and a JSONL manifest. Following lines are
-joined at random, so that there are utterances of one to several of them. What is done is not done again; the same
+joined at random, so that there are utterances of one to several of them. The last shard of a game goes to DEV, for
+choosing weights and options. What is done is not done again; the same
 command makes the same shards.
 """
 
@@ -153,8 +154,8 @@ def write_shards(utterances: Iterator[tuple[np.ndarray, str]], out: Path, name: 
     return shards
 
 
-def make_game(game: str, cache: Path, out: Path) -> None:
-    """Transcribes the lines of a game and writes its shards."""
+def make_game(game: str, cache: Path, out: Path, dev_out: Path) -> None:
+    """Transcribes the lines of a game and writes its shards, the last one below `dev_out`."""
     package, read = GAMES[game]
     clips = [clip for clip in read(cache) if MIN_LINE_S <= len(clip.waveform) / SAMPLING_RATE <= MAX_LINE_S]
     clips.sort(key=lambda clip: clip.name)
@@ -163,6 +164,9 @@ def make_game(game: str, cache: Path, out: Path) -> None:
     texts = {name: text for name, text in labels.items() if text is not None}
     rng = np.random.default_rng(zlib.crc32(game.encode()))
     shards = write_shards(joined_lines(clips, texts, rng), out, game, package.licence)
+    for suffix in ("flac", "jsonl"):
+        last = f"{game}-{shards - 1:05d}.{suffix}"
+        os.replace(out / last, dev_out / last)
     kept_s = sum(len(clip.waveform) for clip in clips if clip.name in texts) / SAMPLING_RATE
     print(f"{game}: {len(texts)} of {len(clips)} lines, {kept_s / 3600:.2f} h, {shards} shards")
 
@@ -172,17 +176,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for packages and transcriptions")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dev-out", type=Path, required=True, help="another folder on the same disk")
     parser.add_argument("--game", action="append", choices=sorted(GAMES), help="repeatable; all by default")
     parser.add_argument("--threads", type=int, help="of torch")
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    for folder in (arguments.out, arguments.dev_out):
+        folder.mkdir(parents=True, exist_ok=True)
     for game in arguments.game or sorted(GAMES):
         if (arguments.out / f"{game}-00000.jsonl").exists():
             print(f"{game}: there already")
         else:
-            make_game(game, arguments.cache, arguments.out)
+            make_game(game, arguments.cache, arguments.out, arguments.dev_out)
 
 
 if __name__ == "__main__":
