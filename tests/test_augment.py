@@ -59,6 +59,12 @@ def test_only_speed_changes_the_length():
         assert len(tone()) / high - 2 <= len(out) <= len(tone()) / low + 2
 
 
+def test_speed_may_be_one_of_a_few_factors():
+    factors = AugmentOptions(**{**vars(OFF), "speed_prob": 1.0, "speed_factors": (0.9, 1.0, 1.1)})
+    lengths = {len(augment(tone(1.0), np.random.default_rng(seed), factors)) for seed in range(30)}
+    assert [round(16000 / length, 2) for length in sorted(lengths)] == [1.1, 1.0, 0.9]
+
+
 def test_speed_respects_the_longest_duration():
     assert len(change_speed(tone(2.0), 0.5, max_duration_s=2.5)) == pytest.approx(2.5 * 16000, abs=2)
     assert len(change_speed(tone(2.0), 0.5, max_duration_s=1.0)) == 32000
@@ -95,7 +101,15 @@ def test_telephone_removes_high_frequencies():
     assert rms(augment(high, np.random.default_rng(0), options)) < 0.02
 
 
-@pytest.mark.parametrize(("field", "value"), [("noise_prob", 1.5), ("noise_snr_db", (3.0, 1.0))])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("noise_prob", 1.5),
+        ("noise_snr_db", (3.0, 1.0)),
+        ("speed_factors", (1.0, -1.0)),
+        ("low_pass_hz", (1.0, 2.0, 3.0)),
+    ],
+)
 def test_options_are_verified(field: str, value: object):
     with pytest.raises(ValueError, match=field):
         AugmentOptions(**{field: value})

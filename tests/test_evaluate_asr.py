@@ -25,7 +25,7 @@ from transformers import (
     Wav2Vec2ForCTC,
 )
 
-from hf_speechllm.generation_speechllm import MODES
+from hf_speechllm.combination import MODES
 from training import decoding_run, evaluate_asr, recognisers
 from training.decoding_run import Process, part_path, start_process
 from training.evaluation_data import UsageError, batches, read_manifest

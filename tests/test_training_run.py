@@ -34,22 +34,8 @@ STAGES = [
 
 
 def build(_arguments):
-    """In place of `build_model`: always the same start."""
+    """In place of `build_model`: always the same start, as of the fixture `models`."""
     return tiny_model(), tiny_processor()
-
-
-@pytest.fixture
-def models(monkeypatch) -> list:
-    """The models that runs have built, in order."""
-    built = []
-
-    def build_and_keep(arguments):
-        model, processor = build(arguments)
-        built.append(model)
-        return model, processor
-
-    monkeypatch.setattr(training.train, "build_model", build_and_keep)
-    return built
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +74,6 @@ def assert_equal_weights(first: Path, second: Path) -> None:
     assert not different
 
 
-@pytest.fixture
-def steps(monkeypatch) -> list[str]:
-    """The stage of every training step, by its output folder."""
-    done = []
-    training_step = SpeechLLMTrainer.training_step
-
-    def spy(self, *args, **kwargs):
-        done.append(Path(self.args.output_dir).name)
-        return training_step(self, *args, **kwargs)
-
-    monkeypatch.setattr(SpeechLLMTrainer, "training_step", spy)
-    return done
-
-
 def interrupt_after(monkeypatch, done: list[str], count: int):
     """Raise KeyboardInterrupt in place of the step after `count` more of them."""
     training_step = SpeechLLMTrainer.training_step
@@ -125,7 +97,7 @@ def test_two_stages_train_and_save_what_they_say(whole):
     assert all(torch.equal(llm[name], value) for name, value in ctc.items() if name.startswith("audio_tower."))
     assert {name.split(".")[0] for name in set(llm) - set(ctc)} == {"multi_modal_projector", "language_model"}
     assert all(bool(value.any()) for name, value in llm.items() if "lora_B" in name)
-    assert json.loads((whole / "llm/final/recipe.json").read_text())["lora_scaling"] == 3.0
+    assert json.loads((whole / "llm/final/recipe.json").read_text())["lora_scaling"] == {"language_model": 3.0}
     for name in ("config.json", "generation_config.json", "training_args.bin"):
         assert (whole / "llm/final" / name).is_file()
     assert json.loads((whole / "ctc/final/config.json").read_text())["ce_loss_weight"] == 0.0
@@ -144,6 +116,7 @@ def test_a_finished_run_is_not_repeated_but_its_weights_are_read(whole, models, 
     ("count", "accumulation"),
     [
         pytest.param(2, 1, id="in the first stage"),
+        pytest.param(3 + 1, 1, id="in the second stage, before its first checkpoint"),
         pytest.param(3 + 5, 1, id="in the second stage"),
         pytest.param(3 + 5, 2, id="with gradient accumulation, in the second epoch"),
     ],
@@ -160,7 +133,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
         run(stages_of(tmp_path, "pieces", **options), data_dir)
     del steps[:]
     run(stages_of(tmp_path, "pieces", **options), data_dir)
-    assert len(steps) == {2: 1 + 6, 8: 3 * accumulation}[count], "it did not go on from the last checkpoint"
+    assert len(steps) == {2: 1 + 6, 4: 6, 8: 3 * accumulation}[count], "it did not go on from the last checkpoint"
     for stage in ("ctc", "llm"):
         assert_equal_weights(whole / stage / "final", tmp_path / "pieces" / stage / "final")
 
@@ -182,7 +155,7 @@ def test_one_stage_can_be_trained_alone_from_the_finished_one_before_it(whole, m
 def test_the_scale_of_the_lora_is_that_of_the_stage_that_trained_it(models, data_dir, tmp_path):
     last = {"name": "after", "tuning": {"llm": "freeze"}, "training": {"max_steps": 1}}
     run(stages_of(tmp_path, "out", [{**STAGES[1], "training": {"max_steps": 1}}, last]), data_dir)
-    assert json.loads((tmp_path / "out/after/final/recipe.json").read_text())["lora_scaling"] == 3.0
+    assert json.loads((tmp_path / "out/after/final/recipe.json").read_text())["lora_scaling"] == {"language_model": 3.0}
     assert any("lora_A" in name for name in weights(tmp_path / "out/after/final"))
 
 
@@ -212,14 +185,14 @@ def test_error_rates_are_measured_while_training(models, data_dir, tmp_path, gen
 
 def test_no_utterance_within_the_limits_is_an_error_that_names_them(models, data_dir, tmp_path):
     stage = {**STAGES[0], "data": {"min_duration_s": 5.0}}
-    with pytest.raises(ValueError, match=r"no utterance of .'train.jsonl'. lasts 5.0 to 30.0 s; change min"):
+    with pytest.raises(ValueError, match=r"no utterance of train.jsonl lasts 5.0 to 30.0 s; change min"):
         run(stages_of(tmp_path, "out", [stage]), data_dir)
 
 
 def test_utterances_outside_of_the_limits_are_left_out(models, data_dir, tmp_path):
     (stage,) = stages_of(tmp_path, "out", [{**STAGES[0], "data": {"min_duration_s": 0.5, "max_duration_s": 0.8}}])
     trainer = training.train.build_trainer(stage, tiny_model(), tiny_processor(), data_dir, set())
-    assert [entry["text"] for entry in trainer.train_dataset.entries] == ["an inn", "a ring", "in the", "thing a"]
+    assert [row.text for row in trainer.train_dataset.rows] == ["an inn", "a ring", "in the", "thing a"]
 
 
 # Gradient accumulation.
@@ -238,7 +211,7 @@ def one_step(tmp_path: Path, batches: list[list[int]], tuning: TuningArguments):
     model, processor = tiny_model(), tiny_processor()
     set_trainable(model, tuning)
     examples = [
-        {"waveform": tone(duration_s, 150 * (index + 1)), "text": text}
+        {"waveform": tone(duration_s, 150 * (index + 1)), "text": text, "source": "", "row": index, "conversions": ()}
         for index, (text, duration_s) in enumerate(zip(TEXTS, DURATIONS_S, strict=True))
     ]
     arguments = Seq2SeqTrainingArguments(
@@ -289,7 +262,7 @@ def test_accumulated_batches_give_the_loss_and_the_gradients_of_one_batch(tmp_pa
     assert accumulated_losses == pytest.approx(losses, rel=1e-5)
     assert set(accumulated) == set(gradients) and gradients
     for name, gradient in gradients.items():
-        torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(accumulated[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
     expected = tuning.ctc_loss_weight * losses["ctc_loss"] + tuning.ce_loss_weight * losses.get("ce_loss", 0.0)
     assert losses["loss"] == pytest.approx(expected, rel=1e-5)
 

@@ -7,12 +7,13 @@ training: {...}     transformers' Seq2SeqTrainingArguments
 stages:             run one after the other, each starts from the weights of the one before
   - name: ctc
     tuning: {...}   differences from the sections above, for this stage
+base: other.yaml    a file beside this one that this one changes: key by key, stages by their name
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,6 +21,12 @@ from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArgu
 
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
+from training.augment import SAMPLING_RATE, AugmentOptions
+from training.data_sources import SourceOptions
+from training.row_reader import RowReader
+from training.spec_augment import SpecAugmentOptions
+
+Options = TypeVar("Options")
 
 
 @dataclass
@@ -29,18 +36,25 @@ class ModelArguments:
     Attributes:
         audio_model: Acoustic encoder: Hub id, folder, or `base:NAME` for one of `hf_speechllm.base_model`.
         language_model: Causal language model, likewise.
+        vocabulary: Tokeniser (training/train_vocabulary.py) in place of the language model's, which gets embeddings and
+            output layer for it; they start at means of the old ones and are to be learnt (`llm_embeddings`).
+        llm_init: `pretrained`, or `random`: the same architecture with fresh weights, as a control.
         ctc_units: CTC labels: `subset` (lower-case tokens of a byte-level BPE), `characters` (the shortest of them),
-            `llm` (its whole vocabulary), `none`.
+            `llm` (the whole vocabulary of the language model), `subwords` (those of `ctc_vocabulary`), `none`.
         ctc_subset_size: Number of labels of `subset`.
+        ctc_vocabulary: Tokeniser whose tokens are the labels of `subwords`.
         llm_units: What the language model writes beside such CTC labels: `native` (its own tokens, each spelled by a
             chain of CTC labels) or `ctc` (just the CTC labels; its tokeniser is restricted to them).
-        config: Values of `SpeechLLMConfig`: projector, downsampling, prompt_before, ...
+        config: Values of `SpeechLLMConfig`: interface, projector, downsampling, prompt_before, ...
     """
 
     audio_model: str = ""
     language_model: str = ""
+    vocabulary: str | None = None
+    llm_init: str = "pretrained"
     ctc_units: str = "subset"
     ctc_subset_size: int = 1000
+    ctc_vocabulary: str | None = None
     llm_units: str = "native"
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -50,16 +64,20 @@ class TuningArguments:
     """Which parts learn, and how.
 
     Attributes:
-        encoder: `freeze` or `full`.
-        encoder_layers: With `full`, how many of the top layers learn; the front end learns only if this is null.
-        projector: `freeze` or `full`.
+        encoder: `freeze`, `lora` or `full`.
+        encoder_layers: How many of the top layers learn; with `full`, the front end learns only if this is null.
+        projector: `freeze`, `lora` or `full`.
+        cross_attention: `freeze` or `full`; of the gated layers, if `interface` is `cross_attention`.
         ctc_head: `freeze` or `full`.
         llm: `freeze`, `lora` or `full`.
+        llm_embeddings: `freeze` or `full`: with `lora` or `freeze`, whether embeddings and output layer of the language
+            model learn, as those of a new `vocabulary` have to.
         encoder_learning_rate: Of the encoder's top layer; by default that of `training`.
         encoder_layer_decay: Factor on the learning rate per layer going down.
         llm_learning_rate: Of the language model or its LoRA; by default that of `training`.
         lora_r: Rank; lora_alpha: Scale; lora_dropout: Dropout on its input; lora_rslora: Scale by 1/sqrt(r).
-        lora_targets: Regular expression of the linear layers, below `language_model`.
+        lora_targets: Regular expression of the linear layers of the language model. encoder_lora_targets: Of the
+            encoder. projector_lora_targets: Of the projector.
         ce_loss_weight: Of the cross-entropy; 0 skips the language model.
         ctc_loss_weight: Of the CTC loss; 0 skips it.
     """
@@ -67,8 +85,10 @@ class TuningArguments:
     encoder: str = "freeze"
     encoder_layers: int | None = None
     projector: str = "full"
+    cross_attention: str = "full"
     ctc_head: str = "full"
     llm: str = "freeze"
+    llm_embeddings: str = "freeze"
     encoder_learning_rate: float | None = None
     encoder_layer_decay: float = 1.0
     llm_learning_rate: float | None = None
@@ -77,6 +97,8 @@ class TuningArguments:
     lora_dropout: float = 0.0
     lora_rslora: bool = False
     lora_targets: str = "q_proj|v_proj"
+    encoder_lora_targets: str = "q_proj|v_proj"
+    projector_lora_targets: str = "linear.*"
     ce_loss_weight: float = 1.0
     ctc_loss_weight: float = 0.5
 
@@ -88,20 +110,57 @@ class DataArguments:
     Attributes:
         train_manifests: JSONL manifests (`audio_filepath`, `text`, `duration`, optional `offset`), file names or
             patterns such as `speech/*.jsonl`, relative to `--data-dir`.
+        train_sources: Further sources, one mapping each (`training.data_sources.SourceOptions`), e.g.
+            `{path: openslr/librispeech_asr, name: clean, split: train.100, streaming: true}`. With a `weight` in each
+            they are mixed, else concatenated. Streamed data has no epochs: `training.max_steps` is required.
         eval_manifests: Name -> manifest, for the error rates while training.
+        eval_sources: Name -> source, likewise.
         min_duration_s: Shorter utterances are left out. max_duration_s: Longer ones too.
         batch_duration_s: Utterances of a batch times the longest of them, at most.
+        shuffle_buffer: Utterances that each process and worker shuffles and sorts into batches, of streamed data.
+        text_normalization: Of all transcripts: `none`, `lower`, `lower_no_punctuation`, `spoken_english` (numbers as
+            words, only a-z and apostrophes) or `whisper_english`.
+        bad_data: `refuse`: a row that cannot be learnt from ends the run; `skip`: it is reported and left out.
+        empty_text: `bad`: an empty transcript is bad data; `keep`: it says that nothing is said.
+        convert_audio: Resample other rates and average channels; else they are bad data.
         augment: Distort the waveforms on the fly (training/augment.py).
-        max_eval_examples: Utterances of each evaluation manifest that are used, from the start.
+        augment_options: Differences from its `AugmentOptions`, e.g. `{speed_factors: [0.9, 1.0, 1.1]}`.
+        spec_augment: Mask features, or waveforms of encoders that take these (training/spec_augment.py).
+        spec_augment_options: Differences from its `SpecAugmentOptions`, e.g. `{schedule_steps: [0, 0, 0]}`.
+        max_eval_examples: Utterances of each evaluation set that are used, from the start.
     """
 
     train_manifests: list[str] = field(default_factory=list)
+    train_sources: list[dict[str, Any]] = field(default_factory=list)
     eval_manifests: dict[str, str] = field(default_factory=dict)
+    eval_sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     min_duration_s: float = 0.3
     max_duration_s: float = 30.0
     batch_duration_s: float = 120.0
+    shuffle_buffer: int = 1000
+    text_normalization: str = "none"
+    bad_data: str = "refuse"
+    empty_text: str = "bad"
+    convert_audio: bool = True
     augment: bool = True
+    augment_options: dict[str, Any] = field(default_factory=dict)
+    spec_augment: bool = False
+    spec_augment_options: dict[str, Any] = field(default_factory=dict)
     max_eval_examples: int = 100
+
+    def __post_init__(self) -> None:
+        if self.bad_data not in ("refuse", "skip"):
+            raise ValueError(f"bad_data must be 'refuse' or 'skip', got {self.bad_data!r}.")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}.")
+        # Now, not when the stage begins.
+        RowReader(SAMPLING_RATE, self.text_normalization, self.convert_audio, self.empty_text)
+        parse_options(AugmentOptions, self.augment_options, "augment_options")
+        parse_options(SpecAugmentOptions, self.spec_augment_options, "spec_augment_options")
+        for number, source in enumerate(self.train_sources, 1):
+            SourceOptions.parse(source, f"train_sources, entry {number}")
+        for name, source in self.eval_sources.items():
+            SourceOptions.parse(source, f"eval_sources, {name}")
 
 
 @dataclass
@@ -117,7 +176,7 @@ class Stage:
 
 
 _SECTIONS = {"model": ModelArguments, "tuning": TuningArguments, "data": DataArguments}
-_TOP_LEVEL = {*_SECTIONS, "training", "generation", "stages"}
+_TOP_LEVEL = {*_SECTIONS, "training", "generation", "stages", "base"}
 
 
 def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list[str] | None = None) -> list[Stage]:
@@ -131,8 +190,7 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
     Raises:
         ValueError: For an unknown key, naming it, or a value of the wrong form.
     """
-    run = _read_yaml(Path(config_path).read_text()) or {}
-    _reject_unknown(run, _TOP_LEVEL, str(config_path))
+    run = _read_run(Path(config_path))
     common = {name: run.get(name) or {} for name in (*_SECTIONS, "training", "generation")}
     raw_stages = run.get("stages") or [{"name": "main"}]
     names = [raw.get("name") for raw in raw_stages]
@@ -140,20 +198,20 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
         raise ValueError(f"{config_path}: every stage needs a name of its own, got {names}.")
     stages = []
     for raw in raw_stages:
-        _reject_unknown(raw, {*common, "name"} - {"model"}, f"stage {raw.get('name')!r} of {config_path}")
+        reject_unknown(raw, {*common, "name"} - {"model"}, f"stage {raw.get('name')!r} of {config_path}")
         merged = {name: {**common[name], **(raw.get(name) or {})} for name in common}
         for override in overrides or []:
-            _apply_override(merged, override)
-        _reject_unknown(
+            apply_override(merged, override)
+        reject_unknown(
             merged["model"].get("config") or {}, set(SpeechLLMConfig.__annotations__), "section 'model', config"
         )
-        _reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OPTION_DEFAULTS}, "section 'generation'")
-        parts = {name: _parse(cls, merged[name], name) for name, cls in _SECTIONS.items()}
+        reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OPTION_DEFAULTS}, "section 'generation'")
+        parts = {name: parse_section(cls, merged[name], name) for name, cls in _SECTIONS.items()}
         training = {"output_dir": str(Path(output_dir) / raw["name"]), **_TRAINING_DEFAULTS, **merged["training"]}
         stages.append(
             Stage(
                 name=raw["name"],
-                training=_parse(Seq2SeqTrainingArguments, training, "training"),
+                training=parse_section(Seq2SeqTrainingArguments, training, "training"),
                 generation=merged["generation"],
                 **parts,
             )
@@ -180,26 +238,65 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text."""
     return yaml.load(text, Loader=_Loader)
 
 
-def _reject_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
+def _read_run(path: Path) -> dict[str, Any]:
+    """The file, laid over the one that it names as its `base`."""
+    run = read_yaml(path.read_text()) or {}
+    reject_unknown(run, _TOP_LEVEL, str(path))
+    if "base" not in run:
+        return run
+    base = _read_run(path.parent / run.pop("base"))
+    stages = {stage.get("name"): stage for stage in base.get("stages") or []}
+    for stage in run.pop("stages", None) or []:
+        stages[stage.get("name")] = _overlay(stages.get(stage.get("name"), {}), stage)
+    merged = _overlay(base, run)
+    return {**merged, "stages": list(stages.values())} if stages else merged
+
+
+def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section and there key by key."""
+    merged = dict(base)
+    for name, value in changes.items():
+        merged[name] = {**(base.get(name) or {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+def reject_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
+    """Raises ValueError for a key that is not among `known`."""
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {sorted(known)}.")
 
 
-def _parse(cls: type, values: dict[str, Any], section: str) -> Any:
+def parse_section(cls: type, values: dict[str, Any], section: str) -> Any:
+    """The dataclass of a section; raises ValueError for an unknown key or a value of the wrong form."""
     try:
         return HfArgumentParser(cls).parse_dict(values, allow_extra_keys=False)[0]
     except (ValueError, TypeError) as error:
         raise ValueError(f"section {section!r}: {error}") from error
 
 
-def _apply_override(merged: dict[str, dict[str, Any]], override: str) -> None:
+def apply_override(merged: dict[str, dict[str, Any]], override: str) -> None:
+    """Put `section.key=value`, value in YAML, into the sections; raises ValueError if it has another form."""
     path, separator, value = override.partition("=")
     section, _, key = path.partition(".")
     if not separator or section not in merged or not key:
         raise ValueError(f"override {override!r}: expected SECTION.KEY=VALUE with a section of {sorted(merged)}.")
-    merged[section][key] = _read_yaml(value)
+    merged[section][key] = read_yaml(value)
+
+
+def parse_options(cls: type[Options], values: dict[str, Any], section: str) -> Options:
+    """Options of a frozen dataclass from YAML, which has lists for tuples.
+
+    Raises:
+        ValueError: For an unknown key or a value that the class refuses.
+    """
+    reject_unknown(values, {each.name for each in fields(cls)}, section)
+    try:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{section}: {error}") from error

@@ -21,6 +21,7 @@ class AugmentOptions:
 
     speed_prob: float = 0.5
     speed_range: tuple[float, float] = (0.88, 1.14)
+    speed_factors: tuple[float, ...] = ()  # one of these in place of the range, e.g. (0.9, 1.0, 1.1)
     max_duration_s: float = 30.0  # speed never stretches beyond this
     room_prob: float = 0.3
     room_decay_s: tuple[float, float] = (0.08, 0.5)  # until the reverberation has fallen by 60 dB
@@ -42,7 +43,10 @@ class AugmentOptions:
         for name, value in vars(self).items():
             if name.endswith("_prob") and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name}: expected a probability between 0 and 1, got {value}.")
-            if isinstance(value, tuple) and not value[0] <= value[1]:
+            if name == "speed_factors":
+                if not all(factor > 0 for factor in value):
+                    raise ValueError(f"{name}: expected positive factors, got {value}.")
+            elif isinstance(value, tuple) and (len(value) != 2 or not value[0] <= value[1]):
                 raise ValueError(f"{name}: expected (low, high) with low <= high, got {value}.")
 
 
@@ -61,7 +65,9 @@ def augment(
     if len(waveform) == 0:
         return waveform
     if rng.random() < options.speed_prob:
-        waveform = change_speed(waveform, _log_uniform(rng, options.speed_range), options.max_duration_s)
+        factors = options.speed_factors
+        speed = float(rng.choice(factors)) if factors else _log_uniform(rng, options.speed_range)
+        waveform = change_speed(waveform, speed, options.max_duration_s)
     waveform = _shape(waveform, rng, options)
     if rng.random() < options.noise_prob:
         speech = waveform if babble is None or len(babble) == 0 else np.asarray(babble, np.float32)

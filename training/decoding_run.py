@@ -4,6 +4,7 @@ Every process appends what it has recognised to a journal of its own, `PREFIX.pa
 first a line that describes the run, then one line per utterance, forced to disk after every batch. Batches are dealt
 out in turn, so the batches of a run do not depend on the number of processes. When all is done the journals are merged,
 in the order of the data set, into `PREFIX.jsonl`, the manifest; beside it `PREFIX.run.json` describes the run.
+Recordings that cannot be read are left out of the manifest; the description says which.
 """
 
 import json
@@ -15,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from torch import distributed
 from tqdm import tqdm
 
@@ -70,6 +72,11 @@ def finished(prefix: Path, description: dict[str, Any]) -> float | None:
     return run["peak_memory_mib"] if run["run"] == description else None
 
 
+def failures(prefix: Path) -> list[str]:
+    """A line about each recording that a finished run could not read."""
+    return json.loads(run_path(prefix).read_text()).get("failures", [])
+
+
 def discard(prefix: Path) -> None:
     """Forget an earlier run: remove its journals and description. Its manifest stays until another replaces it."""
     for path in [*_parts(prefix), run_path(prefix)]:
@@ -95,7 +102,7 @@ def decode(
         total: Number of utterances for the progress bar of the first process, if known.
 
     Raises:
-        UsageError: If a journal is of another run or damaged, or audio cannot be read.
+        UsageError: If a journal is of another run or damaged.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     done = {row["index"] for path in _parts(prefix) for row in _read_part(path, description)}
@@ -113,7 +120,9 @@ def decode(
             batch = [utterance for utterance in batch if utterance.index not in done]
             if not batch:
                 continue
-            waveforms = [utterance.waveform(recogniser.sampling_rate) for utterance in batch]
+            batch, waveforms = _read_audio(batch, recogniser.sampling_rate, journal)
+            if not batch:
+                continue
             if not is_warm:  # kernels are chosen, caches filled: outside the measured time
                 recogniser.transcribe(waveforms[-1:], longest_s)
                 is_warm = True
@@ -129,6 +138,21 @@ def decode(
             time_s += batch_s
             bar.update(len(rows))
             bar.set_postfix(RTFx=f"{audio_s / time_s:.1f}")
+
+
+def _read_audio(
+    batch: list[Utterance], sampling_rate: int, journal: TextIO
+) -> tuple[list[Utterance], list[np.ndarray]]:
+    """The utterances of a batch that can be read, and their waveforms; the journal gets the others."""
+    readable, waveforms = [], []
+    for utterance in batch:
+        try:
+            waveforms.append(utterance.waveform(sampling_rate))
+        except UsageError as error:
+            _append(journal, [{"index": utterance.index, "failure": str(error)}])
+        else:
+            readable.append(utterance)
+    return readable, waveforms
 
 
 def merge(prefix: Path, description: dict[str, Any], peak_memory_mib: float, total: int | None) -> list[dict[str, Any]]:
@@ -150,9 +174,11 @@ def merge(prefix: Path, description: dict[str, Any], peak_memory_mib: float, tot
             f"{prefix}: expected each of {total or 'all'} utterances once in the journals, got {len(journal)} lines; "
             "is another run writing there? Give --overwrite to decode again"
         )
-    rows = [line["row"] for line in journal]
+    rows = [line["row"] for line in journal if "row" in line]
+    failed = [line["failure"] for line in journal if "failure" in line]
     _replace(manifest_path(prefix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _replace(run_path(prefix), json.dumps({"run": description, "peak_memory_mib": peak_memory_mib}, indent=2) + "\n")
+    run = {"run": description, "peak_memory_mib": peak_memory_mib, "failures": failed}
+    _replace(run_path(prefix), json.dumps(run, indent=2) + "\n")
     for path in _parts(prefix):
         path.unlink()
     return rows

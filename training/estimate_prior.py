@@ -21,7 +21,9 @@ from hf_speechllm.audio_encoders import lens_to_mask
 from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
-from training.data import ManifestDataset, read_manifests
+from training.data import RowLoader, SpeechDataset
+from training.data_sources import read_manifests
+from training.row_reader import RowReader
 
 SOURCES = ("posterior", "transcripts")
 UNIFORM_SHARE = 0.1  # of the transcripts' prior, so that unseen labels are not impossible
@@ -94,13 +96,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
     model, processor = load(arguments.model)
-    entries = read_manifests([arguments.manifest.name], arguments.manifest.parent)[: arguments.limit]
+    rows = read_manifests([arguments.manifest.name], arguments.manifest.parent)[: arguments.limit]
     if arguments.source == "posterior":
-        dataset = ManifestDataset(entries, processor.sampling_rate)
+        reader = RowReader(processor.sampling_rate, empty_text="keep")
+        dataset = SpeechDataset(rows, RowLoader(reader))
         batches = DataLoader(dataset, arguments.batch_size, collate_fn=SpeechLLMDataCollator(processor))
         log_prior = posterior_prior(model, batches)
     else:
-        log_prior = transcript_prior(model, processor, [entry["text"] for entry in entries])
+        log_prior = transcript_prior(model, processor, [row.text for row in rows])
     store(arguments.model, model, log_prior)
     entropy = -(log_prior[:-1].exp() * log_prior[:-1]).sum()
     print(f"{arguments.model}: prior of {len(log_prior) - 1} labels, perplexity {entropy.exp():.1f}")

@@ -14,6 +14,9 @@ base:whisper-tiny.en, base:moonshine-tiny), or nothing for the default model. Mo
 With --output or --leaderboard-dir a run that was interrupted goes on where it stopped when the command is given again,
 and a finished one is not repeated. Several modes, and the systems of --compare, are compared with the first mode on the
 same utterances (paired bootstrap).
+
+Exit status: 0 all recordings counted; 1 some could not be read and are left out (one line each on standard error);
+2 wrong usage, or none could be read.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from transformers import AutomaticSpeechRecognitionPipeline
 import hf_speechllm
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.metrics import Normalizer, paired_bootstrap
-from training.decoding_run import Process, decode, discard, finished, manifest_path, merge, start_process
+from training.decoding_run import Process, decode, discard, failures, finished, manifest_path, merge, start_process
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest, stream_dataset
 from training.html_report import SystemReport, html_report
 from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, manifest_name
@@ -50,12 +53,16 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `identity` tells runs on it from runs on others; `utterances` is None for a stream."""
+    """A data set: `identity` tells runs on it from runs on others; `utterances` is None for a stream.
+
+    `failures` has a line about each recording of a manifest that cannot be read.
+    """
 
     name: str
     identity: str
     source: tuple[str, str | None, str]
     utterances: list[Utterance] | None
+    failures: tuple[str, ...] = ()
 
 
 def main() -> None:
@@ -65,9 +72,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()  # Whisper and Moonshine would be commented on in every batch
     transformers.logging.disable_progress_bar()
     try:
-        evaluate(arguments)
+        failed = evaluate(arguments)
     except UsageError as error:
         parser.exit(2, f"evaluate_asr: error: {error}\n")
+    if failed:
+        sys.exit(1)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,8 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    """Decode and report; UsageError for what the user has to change."""
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Decode and report. UsageError for what the user has to change.
+
+    Returns:
+        The number of recordings that could not be read; in the first process.
+    """
     check(arguments)
     extra = parse_options(arguments.generate)
     process = start_process()
@@ -124,12 +137,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
     system = arguments.system or (arguments.model or "hf_speechllm/default").removeprefix("base:")
     reports: list[SystemReport] = []
     rows: list[dict[str, Any]] = []
+    failed = dict.fromkeys(data.failures)
     with tempfile.TemporaryDirectory() as scratch:
         for mode in modes:
             prefix = output_prefix(arguments, mode, data, system) or Path(scratch) / mode
             recogniser = Recogniser(pipe, options[mode])
             rows, peak_mib = recognise(arguments, recogniser, data, mode, prefix, process)
             if process.rank == 0:
+                failed |= dict.fromkeys(failures(prefix))
+                if not rows:
+                    raise UsageError(f"{data.name}: none of its recordings can be read; the last: {[*failed][-1]}")
                 report = score(f"{system} {mode}", rows, normalize, peak_mib)
                 show(arguments, data, system, mode, options[mode], report, is_first=not reports)
                 reports.append(report)
@@ -139,6 +156,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print("\n".join(notes), end="\n" if notes else "")
         if arguments.report is not None:
             write_report(arguments, data, rows, reports, notes)
+        for failure in failed:
+            print(f"evaluate_asr: error: {failure}", file=sys.stderr)
+    return len(failed)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -172,9 +192,10 @@ def open_data(arguments: argparse.Namespace, normalize: Normalizer) -> Data:
                 f"{name}: no such file; expected a JSONL manifest, PATH:CONFIGURATION:SPLIT or one of "
                 f"{', '.join(DATASETS)}"
             )
-        utterances = read_manifest(path, arguments.limit)
+        failed: list[str] = []
+        utterances = read_manifest(path, arguments.limit, failed.append)
         digest = hashlib.sha256(json.dumps([utterance.entry for utterance in utterances]).encode()).hexdigest()
-        return Data(arguments.name or path.stem, digest, (path.stem, None, "test"), utterances)
+        return Data(arguments.name or path.stem, digest, (path.stem, None, "test"), utterances, tuple(failed))
     if arguments.embed_audio:
         raise UsageError("--embed-audio: needs a manifest; a streamed data set is not kept")
     source: tuple[str, str | None, str]
@@ -332,7 +353,11 @@ def write_report(
     notes: list[str],
 ) -> None:
     """Write the page of --report."""
-    utterances = data.utterances or [Utterance(index, row, b"") for index, row in enumerate(rows)]
+    utterances = [Utterance(index, row, b"") for index, row in enumerate(rows)]
+    if data.utterances is not None:
+        read = {(row["audio_filepath"], row.get("offset")) for row in rows}
+        entries = ((utterance, utterance.entry) for utterance in data.utterances)
+        utterances = [each for each, entry in entries if (entry["audio_filepath"], entry.get("offset")) in read]
     arguments.report.parent.mkdir(parents=True, exist_ok=True)
     page = html_report(
         f"Speech recognition of {data.name}",

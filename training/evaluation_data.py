@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
-from hf_speechllm.audio import AudioError, load_audio, prepare_waveform
+from hf_speechllm.audio import SAMPLING_RATE, AudioError, load_audio, prepare_waveform
 
 # Columns that hold the reference, in the order of the leaderboard's own script.
 TEXT_COLUMNS = ("text", "sentence", "normalized_text", "transcript", "transcription")
@@ -45,7 +45,7 @@ class Utterance:
                 samples = file.read(round(self.entry["duration"] * file.samplerate), dtype="float32", always_2d=True)
                 return prepare_waveform(samples.mean(axis=1), file.samplerate, sampling_rate)
         except (AudioError, sf.LibsndfileError) as error:
-            raise UsageError(f"{self.entry['audio_filepath']}: cannot be read ({error})") from error
+            raise _unreadable(self.entry["audio_filepath"], error) from error
 
 
 def read_json_lines(path: Path, required: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -74,24 +74,44 @@ def read_json_lines(path: Path, required: Sequence[str]) -> Iterator[dict[str, A
             yield entry
 
 
-def read_manifest(path: Path, limit: int | None = None) -> list[Utterance]:
+def read_manifest(
+    path: Path, limit: int | None = None, on_failure: Callable[[str], None] | None = None
+) -> list[Utterance]:
     """Utterances of a manifest with `audio_filepath` (relative to it), `text` and, unless it is to be read from the
     audio, `duration`.
 
+    Args:
+        path: the manifest.
+        limit: how many lines to read at most.
+        on_failure: called with a line about each audio file that is missing or, where its duration is wanted,
+            unreadable, and the utterance is left out; None: such a file raises.
+
     Raises:
-        UsageError: as [`read_json_lines`]; no utterance; a `text` that is no string; an audio file that is missing or,
-            where its duration is wanted, unreadable.
+        UsageError: as [`read_json_lines`]; no utterance that can be read; a `text` that is no string; an audio file as
+            above.
     """
-    utterances = []
+    utterances: list[Utterance] = []
+    failure = None
     for index, entry in enumerate(islice(read_json_lines(path, ("audio_filepath", "text")), limit)):
         if not isinstance(entry["text"], str):
             raise UsageError(f"{path}: utterance {index + 1}: text: expected a string, got {entry['text']!r}")
         audio = path.parent / entry["audio_filepath"]
-        if not audio.is_file():
-            raise UsageError(f"{path}: utterance {index + 1}: no such audio file: {audio}")
-        if "duration" not in entry:
-            entry["duration"] = _duration_s(audio, str(audio)) - entry.get("offset", 0.0)
-        utterances.append(Utterance(index, {**entry, "audio_filepath": str(audio)}, audio))
+        try:
+            if audio.is_dir():
+                raise UsageError(f"{path}: utterance {index + 1}: {audio} is a directory, expected an audio file")
+            if not audio.is_file():
+                raise UsageError(f"{path}: utterance {index + 1}: no such audio file: {audio}")
+            if "duration" not in entry:
+                entry["duration"] = _duration_s(audio, str(audio)) - entry.get("offset", 0.0)
+        except UsageError as error:
+            if on_failure is None:
+                raise
+            failure = error
+            on_failure(str(error))
+            continue
+        utterances.append(Utterance(len(utterances), {**entry, "audio_filepath": str(audio)}, audio))
+    if failure is not None and not utterances:
+        raise UsageError(f"{path}: none of its recordings can be read; the last: {failure}")
     if not utterances:
         raise UsageError(f"{path}: expected at least one utterance, got none")
     return utterances
@@ -148,5 +168,13 @@ def batches(utterances: Iterator[Utterance], batch_size: int, window: int | None
 def _duration_s(audio: Path | bytes, name: str) -> float:
     try:
         return sf.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio).duration
-    except sf.LibsndfileError as error:
-        raise UsageError(f"{name}: cannot be read ({error})") from error
+    except sf.LibsndfileError:  # another format, of which ffmpeg tells only what it decodes
+        try:
+            return len(load_audio(audio, SAMPLING_RATE)) / SAMPLING_RATE
+        except AudioError as error:
+            raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UsageError:
+    reason = str(error).removeprefix(f"{name}: ")
+    return UsageError(f"{name}: cannot be read ({reason})")

@@ -26,10 +26,11 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
     """
     state = load_file(run / TRAINED_WEIGHTS_NAME)
     for name, value in state.items():
-        if not value.half().isfinite().all():
+        if value.is_floating_point() and not value.half().isfinite().all():
             raise ValueError(f"{run}: weight {name!r} has values beyond float16 (largest {value.abs().max():.3g}).")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half() for name, value in state.items()}, folder / TRAINED_WEIGHTS_NAME)
+    shared = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    save_file(shared, folder / TRAINED_WEIGHTS_NAME)
     (folder / TRAINED_WEIGHTS_NAME).chmod(0o644)  # safetensors writes for the owner alone
     shutil.copyfile(run / RECIPE_NAME, folder / RECIPE_NAME)
     model_config = json.loads((run / "config.json").read_text())

@@ -1,9 +1,10 @@
-"""What the Open ASR Leaderboard fixes: data sets, names of manifests, text normaliser. State of August 2026.
+"""What the Open ASR Leaderboard fixes: data sets, names of manifests, text normaliser. State of September 2026.
 
-    python -m training.leaderboard results/*.jsonl [--repository CLONE]
+    python -m training.leaderboard results/*.jsonl [--repository CLONE [--eval-results open_asr_leaderboard.yaml]]
 
-prints the WER of manifests (of `training.evaluate_asr --leaderboard-dir`, or anyone's) by the leaderboard's rules, and
-per system the mean over its data sets and RTFx = seconds of audio / seconds of recognition.
+prints the WER of manifests (of `training/leaderboard_kit`, of `training.evaluate_asr --leaderboard-dir`, or anyone's)
+by the leaderboard's rules, and per system the mean over its data sets and RTFx: seconds of audio / of recognition.
+--eval-results writes these figures for the folder `.eval_results` of a model on the Hub (training/publish.py).
 
 The leaderboard's normaliser is Whisper's with changes that grow from month to month. Figures for publication need its
 own code: `--repository` names a clone of github.com/huggingface/open_asr_leaderboard. Without one,
@@ -11,6 +12,7 @@ own code: `--repository` names a clone of github.com/huggingface/open_asr_leader
 """
 
 import argparse
+import datetime
 import importlib
 import json
 import re
@@ -18,6 +20,9 @@ import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import yaml
+from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_speechllm.metrics import Normalizer, english_normalizer
 from training.evaluation_data import UsageError, read_json_lines
@@ -27,12 +32,27 @@ DATASET_PATH = "hf-audio/open-asr-leaderboard"
 # Name -> (path, configuration, split) for `datasets.load_dataset`; the mean is over these, each of the same weight.
 DATASETS: dict[str, tuple[str, str | None, str]] = {
     "ami": (DATASET_PATH, "ami_cleaned", "test"),
-    "earnings22": ("hf-audio/Earnings22-Cleaned-AA-chunked", None, "test"),
+    # In pieces, with one reference for all pieces of a recording: only training/leaderboard_kit can read it.
+    "earnings22": ("ArtificialAnalysis/Earnings22-Cleaned-AA-chunked", None, "test"),
     "gigaspeech": (DATASET_PATH, "gigaspeech_cleaned", "test"),
     "librispeech-clean": (DATASET_PATH, "librispeech", "test.clean"),
     "librispeech-other": (DATASET_PATH, "librispeech", "test.other"),
+    "monsoon-en-in": ("VoiceArena/Monsoon_en_IN_test", None, "test"),
     "spgispeech": (DATASET_PATH, "spgispeech", "test"),
     "voxpopuli": (DATASET_PATH, "voxpopuli_cleaned_aa", "test"),
+}
+
+# Fields of a manifest whose rows are pieces of recordings: the recording, and the place of the piece in it.
+PARENT_FIELD, PIECE_FIELD = "parent_id", "chunk_index"
+# Tasks of the benchmark on the Hub, by data set; it has none for the others yet.
+TASK_IDS = {
+    "ami": "ami_wer",
+    "earnings22": "earnings22_wer",
+    "gigaspeech": "gigaspeech_wer",
+    "librispeech-clean": "librispeech_clean_wer",
+    "librispeech-other": "librispeech_other_wer",
+    "spgispeech": "spgispeech_wer",
+    "voxpopuli": "voxpopuli_wer",
 }
 
 # Contractions that whisper-normalizer expands and the leaderboard does not.
@@ -124,13 +144,37 @@ def manifest_name(system: str, path: str, configuration: str | None, split: str)
     return f"MODEL_{model}_DATASET_{path}_{configuration}_{split}.jsonl"
 
 
+def merge_pieces(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of pieces (with `parent_id` and `chunk_index`) to one row per recording; other rows as they are.
+
+    Each piece carries the reference of the whole recording: their texts are joined, durations and times added up.
+    """
+    if not any(PARENT_FIELD in row for row in rows):
+        return rows
+    recordings: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        recordings.setdefault(row[PARENT_FIELD], []).append(row)
+    merged = []
+    for pieces in recordings.values():
+        pieces.sort(key=lambda row: row[PIECE_FIELD])
+        merged.append(
+            {
+                "text": pieces[0]["text"],
+                "pred_text": " ".join(text for row in pieces if (text := row["pred_text"].strip())),
+                "duration": sum(row["duration"] for row in pieces),
+                "time": sum(row["time"] for row in pieces),
+            }
+        )
+    return merged
+
+
 def score_manifest(path: Path, normalize: Normalizer) -> dict[str, Any]:
     """`system`, `dataset`, `wer` (percent, None without reference words), `duration_s` and `time_s` of a manifest.
 
     Raises:
         UsageError: the file is missing, or a line is no JSON object or lacks a field.
     """
-    rows = list(read_json_lines(path, ("text", "pred_text", "duration", "time")))
+    rows = merge_pieces(list(read_json_lines(path, ("text", "pred_text", "duration", "time"))))
     scores = [score_utterance(normalize(row["text"]), normalize(row["pred_text"]), True) for row in rows]
     errors, words = counts(scores)
     system, _, dataset = path.stem.removeprefix("MODEL_").partition("_DATASET_")
@@ -143,15 +187,58 @@ def score_manifest(path: Path, normalize: Normalizer) -> dict[str, Any]:
     }
 
 
+def data_set_names() -> dict[str, str]:
+    """Names of data sets by what the manifests are called after `_DATASET_`."""
+    return {
+        manifest_name("", *source).removesuffix(".jsonl").partition("_DATASET_")[2]: name
+        for name, source in DATASETS.items()
+    }
+
+
+def eval_results(rows: list[dict[str, Any]], source_url: str | None = None) -> list[EvalResultEntry]:
+    """Figures of one system for the Hub: each data set's WER, RTFx, and the mean if all data sets are there.
+
+    Args:
+        rows: of [`score_manifest`], with the leaderboard's own normaliser.
+        source_url: where the manifests can be seen.
+
+    Raises:
+        UsageError: the rows are of several systems, or of none of the leaderboard's data sets.
+    """
+    systems = sorted({row["system"] for row in rows})
+    if len(systems) != 1:
+        raise UsageError(f"--eval-results: expected manifests of one system, got {', '.join(systems)}")
+    names = data_set_names()
+    scored = {names[row["dataset"]]: row for row in rows if row["dataset"] in names and row["wer"] is not None}
+    if not scored:
+        raise UsageError("--eval-results: expected manifests of the leaderboard's data sets, got none")
+    values = {TASK_IDS[name]: scored[name]["wer"] for name in scored if name in TASK_IDS}
+    values["rtfx"] = sum(row["duration_s"] for row in scored.values()) / sum(row["time_s"] for row in scored.values())
+    if scored.keys() == DATASETS.keys():
+        values["mean_wer"] = sum(row["wer"] for row in scored.values()) / len(scored)
+    date = datetime.date.today().isoformat()
+    return [
+        EvalResultEntry(DATASET_PATH, task_id, round(value, 2), date=date, source_url=source_url)
+        for task_id, value in sorted(values.items())
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifests", nargs="+", type=Path)
     parser.add_argument("--repository", type=Path, help="clone of the leaderboard's code, for its own normaliser")
+    parser.add_argument("--eval-results", type=Path, help="write the figures there, for `.eval_results` on the Hub")
+    parser.add_argument("--source", metavar="URL", help="where the manifests can be seen, for --eval-results")
     arguments = parser.parse_args()
     try:
+        if arguments.eval_results is not None and arguments.repository is None:
+            raise UsageError("--eval-results: needs --repository, since figures to publish need its own normaliser")
         normalize = leaderboard_normalizer(arguments.repository)
         rows = [score_manifest(path, normalize) for path in arguments.manifests]
+        if arguments.eval_results is not None:
+            entries = eval_result_entries_to_yaml(eval_results(rows, arguments.source))
+            arguments.eval_results.write_text(yaml.safe_dump(entries, sort_keys=False))
     except UsageError as error:
         parser.error(str(error))
     systems: dict[str, list[dict[str, Any]]] = {}

@@ -1,13 +1,17 @@
-"""Write the card of a model from measured figures: nothing in it is typed by hand.
+"""Write the card of a model from measured figures and from its own files; what nobody measured is left out.
 
     python -m training.model_card NAME --parts FOLDER --results results.jsonl --output model_cards/NAME.md
 
 FOLDER holds the trained parts (training/train.py), results.jsonl is what training/evaluate_asr.py --results wrote.
+`training/publish.py` writes the card of a repository on the Hub in the same way.
 """
 
 import argparse
 import json
+import math
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
 from hf_speechllm.base_models import BASE_MODELS
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 
+TASK = "automatic-speech-recognition"
 MODE_NAMES = {
     "ctc_greedy": "CTC head alone, greedy",
     "llm": "speech LLM alone",
@@ -34,47 +39,83 @@ TEMPLATE = """---
 
 # {name}
 
-English speech recognition with a speech LLM: the acoustic encoder of {audio_model}, a `{projector}` projector
-and {language_model}, with a CTC head of {ctc_vocab_size} labels for joint decoding.
-Text is lower-case without punctuation, numbers as words.
+Speech recognition with a speech LLM: the acoustic encoder of {audio_model}, a `{projector}` projector
+and {language_model}{ctc}.
 
 ```python
-import hf_speechllm
-from transformers import pipeline
-
-transcriber = pipeline("automatic-speech-recognition", model={load})
+{usage}
 print(transcriber("speech.flac")["text"])
 ```
-
-## Results
-
-Percent of the reference words, after Whisper's English normaliser (not the Open ASR Leaderboard's), with a bootstrap
-95 % interval over utterances. RTFx: seconds of audio per second, batches of 8, on the machine that measured the errors.
-
-{table}
-
-None of these recordings was used for training or tuning. Base models named `base:...` in the recipe come from packages
-that hold them quantised (Moonshine tiny in 8 bit, SmolLM2 in 4 bit): their weights are not quite those of the Hub.
-
+{requirements}{results}
 ## Training
 
-Synthetic speech only. {trained} million parameters were trained ({parts});
-the rest are those of the base models. The recipe is `training/configs/{config_file}`.{interpolation}
+{training}
 
 ## Decoding
 
 ```json
 {generation}
 ```
+
+## Licence
+
+{license}. Its weights derive from those of {bases}; their licences apply as well.
 """
 
+RESULTS = """
+## Results
 
-def base_name(name: str) -> tuple[str, str]:
-    """Hub id and licence of a recipe's model."""
+Percent of the reference words, after Whisper's English normaliser (not the Open ASR Leaderboard's), with a bootstrap
+95 % interval over utterances. RTFx: seconds of audio per second, on the machine that measured the errors.
+
+{table}
+"""
+
+QUANTISED = """
+The base models come from packages that hold them quantised (Moonshine in 8 bit, SmolLM2 in 4 bit): their weights are
+not quite those of the Hub."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about.
+
+    Attributes:
+        name: title of the card, and model name of the metadata.
+        usage: Python source that defines `transcriber`.
+        config: of the model.
+        generation_config: JSON of the decoding options that are stored with the model.
+        audio_model, language_model: as a recipe names them, Hub id or `base:NAME`.
+        license: identifier of the Hub, such as "apache-2.0"; None for that of the language model.
+        trained_parameters: number by part of the model; None if it is not known what was trained.
+        total_parameters: None if not counted.
+        training: what was learned from what, in words; the caller has to know.
+        recipe_notes: further sentences on the training that follow from the files.
+        requirements: packages that the code in the repository imports; empty when the code is not in it.
+        language: code of what is spoken.
+    """
+
+    name: str
+    usage: str
+    config: SpeechLLMConfig
+    generation_config: str
+    audio_model: str
+    language_model: str
+    license: str | None = None
+    trained_parameters: dict[str, int] | None = None
+    total_parameters: int | None = None
+    training: str = ""
+    recipe_notes: Sequence[str] = ()
+    requirements: Sequence[str] = ()
+    language: str = "en"
+
+
+def base_name(name: str) -> tuple[str, str | None]:
+    """Hub id and licence of a recipe's model; the licence is None where it is not known here."""
     if name.startswith("base:"):
         base = BASE_MODELS[name.removeprefix("base:")]
         return base.hub_id, base.license
-    return name, "other"
+    return name, next((base.license for base in BASE_MODELS.values() if base.hub_id == name), None)
 
 
 def mode_name(mode: str) -> str:
@@ -105,68 +146,115 @@ def results_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def trained_parts(folder: Path) -> tuple[float, str]:
-    """Millions of trained parameters, and the parts of the model that they belong to."""
+def trained_parameters(folder: Path) -> dict[str, int]:
+    """Number of trained parameters of a folder of trained parts, by part of the model."""
     sizes: dict[str, int] = {}
     with safe_open(folder / TRAINED_WEIGHTS_NAME, "pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             part = "LoRA" if "lora_" in name else name.split(".")[0]
-            shape = file.get_slice(name).get_shape()
-            count = 1
-            for size in shape:
-                count *= size
-            sizes[part] = sizes.get(part, 0) + count
-    return sum(sizes.values()) / 1e6, ", ".join(f"{part} {size / 1e6:.2f} M" for part, size in sorted(sizes.items()))
+            sizes[part] = sizes.get(part, 0) + math.prod(file.get_slice(name).get_shape())
+    return sizes
 
 
-def write_card(name: str, parts: Path, results: list[dict[str, Any]], config_file: str, load: str) -> str:
-    """The card as Markdown."""
+def subject_of_parts(
+    name: str, usage: str, parts: Path, training: str = "", config_file: str | None = None, **known: Any
+) -> Subject:
+    """The subject of a folder of trained parts.
+
+    Args:
+        name, usage, training: as in [`Subject`].
+        parts: the folder.
+        config_file: name of the training's configuration in `training/configs`, to refer to.
+        known: other attributes of [`Subject`].
+    """
     recipe = json.loads((parts / RECIPE_NAME).read_text())
-    config = SpeechLLMConfig.from_pretrained(parts)
-    audio_model, _ = base_name(recipe["audio_model"])
-    language_model, licence = base_name(recipe["language_model"])
-    evaluations = [
-        EvalResult(
-            task_type="automatic-speech-recognition",
-            # Results are grouped by the type of their data set.
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
-            dataset_name=row["dataset"],
-            metric_type="wer",
-            metric_value=round(row["wer"], 2),
-            metric_name=f"WER, {mode_name(row['mode'])}",
-        )
-        for row in results
-    ]
+    notes = [f"The recipe is `training/configs/{config_file}`."] if config_file else []
+    if shares := recipe.get("encoder_shares"):
+        notes.append(f"The encoder lies between two of its stages (`training/interpolate.py`, shares {shares}).")
+    return Subject(
+        name=name,
+        usage=usage,
+        config=SpeechLLMConfig.from_pretrained(parts),
+        generation_config=(parts / "generation_config.json").read_text().strip(),
+        audio_model=recipe["audio_model"],
+        language_model=recipe["language_model"],
+        trained_parameters=trained_parameters(parts),
+        training=training,
+        recipe_notes=notes,
+        **known,
+    )
+
+
+def training_section(subject: Subject) -> str:
+    """What is known about the training, a sentence each line."""
+    lines = [subject.training] if subject.training else []
+    if subject.trained_parameters is not None:
+        count = sum(subject.trained_parameters.values()) / 1e6
+        parts = ", ".join(f"{part} {size / 1e6:.2f} M" for part, size in sorted(subject.trained_parameters.items()))
+        lines.append(f"{count:.1f} million parameters were trained ({parts});\nthe rest are those of the base models.")
+    if subject.total_parameters is not None:
+        lines.append(f"The model has {subject.total_parameters / 1e6:.1f} million parameters in total.")
+    text = "\n".join([*lines, *subject.recipe_notes]) or "Not described."
+    is_quantised = any(name.startswith("base:") for name in (subject.audio_model, subject.language_model))
+    return text + (QUANTISED if is_quantised else "")
+
+
+def write_card(subject: Subject, results: list[dict[str, Any]]) -> str:
+    """The card as Markdown, with the figures also as `model-index`.
+
+    Raises:
+        ValueError: the licence of the language model is not known and none is given.
+    """
+    bases = [base_name(name) for name in (subject.audio_model, subject.language_model)]
+    license_id = subject.license or bases[1][1]
+    if license_id is None:
+        raise ValueError(f"license: that of {bases[1][0]} is not known here; give the one of the model")
     metadata = ModelCardData(
-        language="en",
-        license=licence.lower(),
+        language=subject.language,
+        license=license_id,
         library_name="transformers",
-        pipeline_tag="automatic-speech-recognition",
+        pipeline_tag=TASK,
         tags=["speech-llm", "ctc", "hf_speechllm"],
-        base_model=[audio_model, language_model],
-        model_name=name,
-        eval_results=evaluations,
+        base_model=[hub_id for hub_id, _ in bases],
+        # An index without results is refused.
+        model_name=subject.name if results else None,
+        eval_results=[index_entry(row) for row in results] or None,
     )
-    count, description = trained_parts(parts)
-    shares = recipe.get("encoder_shares")
-    interpolation = (
-        f"\nThe encoder lies between two of its stages (`training/interpolate.py`, shares {shares})." if shares else ""
-    )
+    requirements = f"\nThe code in this repository needs `{' '.join(['pip install', *subject.requirements])}`.\n"
+    ctc_labels = subject.config.ctc_vocab_size
     return TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        name=name,
-        audio_model=audio_model,
-        language_model=language_model,
-        projector=config.projector,
-        ctc_vocab_size=config.ctc_vocab_size,
-        load=load,
-        table=results_table(results),
-        trained=f"{count:.1f}",
-        parts=description,
-        config_file=config_file,
-        interpolation=interpolation,
-        generation=(parts / "generation_config.json").read_text().strip(),
+        name=subject.name,
+        audio_model=bases[0][0],
+        language_model=bases[1][0],
+        projector=subject.config.projector,
+        ctc=f", with a CTC head of {ctc_labels} labels for joint decoding" if ctc_labels else "",
+        usage=subject.usage,
+        requirements=requirements if subject.requirements else "",
+        results=RESULTS.format(table=results_table(results)) if results else "",
+        training=training_section(subject),
+        generation=subject.generation_config,
+        license=license_id,
+        bases=" and ".join(f"{hub_id} ({known or 'see there'})" for hub_id, known in bases),
     )
+
+
+def index_entry(row: dict[str, Any]) -> EvalResult:
+    """The word error rate of a line of results for the `model-index`."""
+    return EvalResult(
+        task_type=TASK,
+        # Results are grouped by the type of their data set.
+        dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
+        dataset_name=row["dataset"],
+        metric_type="wer",
+        metric_value=round(row["wer"], 2),
+        metric_name=f"WER, {mode_name(row['mode'])}",
+    )
+
+
+def usage_with_package(model: str) -> str:
+    """Python source for a model that is loaded with this package; `model` is an expression."""
+    return f'import hf_speechllm\nfrom transformers import pipeline\n\ntranscriber = pipeline("{TASK}", model={model})'
 
 
 def main() -> None:
@@ -175,14 +263,21 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--config-file", default="tiny_en.yaml", help="name of the recipe in training/configs")
+    parser.add_argument("--config-file", help="name of the recipe in training/configs, to refer to")
     parser.add_argument("--load", default="hf_speechllm.default_model()", help="Python expression of the model to load")
+    parser.add_argument("--training", default="", help="what was learned from what, a sentence or several")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    card = write_card(arguments.name, arguments.parts, results, arguments.config_file, arguments.load)
+    subject = subject_of_parts(
+        arguments.name,
+        usage_with_package(arguments.load),
+        arguments.parts,
+        arguments.training,
+        arguments.config_file,
+    )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(card)
+    arguments.output.write_text(write_card(subject, results))
 
 
 if __name__ == "__main__":

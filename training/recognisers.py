@@ -15,7 +15,7 @@ from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
-from hf_speechllm.generation_speechllm import MODES
+from hf_speechllm.combination import MODES
 from training.evaluation_data import UsageError
 
 ALIASES: dict[str, dict[str, Any]] = {"joint": {"mode": "llm"}, "llm": {"mode": "llm", "ctc_weight": 0.0}}

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
+from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_speechllm.assembly import resolve_model
+from hf_speechllm.assembly import LORA_PARTS, resolve_model
 from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, subset_chains
 from hf_speechllm.data_collator import SpeechLLMDataCollator
@@ -25,17 +24,32 @@ from hf_speechllm.label_chains import LabelChains
 from hf_speechllm.metrics import word_errors
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
-from training.arguments import ModelArguments, Stage, TuningArguments, load_stages
+from hf_speechllm.vocabulary import build_language_model, subword_chains, subword_labels
+from training.arguments import ModelArguments, Stage, TuningArguments, load_stages, parse_options
 from training.augment import AugmentOptions
-from training.data import DurationBatchSampler, ManifestDataset, read_manifests
-from training.trainer import SpeechLLMTrainer, final_norm, load_trained
+from training.checkpoints import last_checkpoint
+from training.ctc_fit import CTCFit
+from training.data import RowLoader, load_evaluation_data, load_training_data
+from training.data_report import DataReport
+from training.lora import add_lora, lora_scaling, set_lora_trainable
+from training.row_reader import RowReader
+from training.spec_augment import SpecAugmentOptions
+from training.trainer import SpeechLLMTrainer, check_report_to, final_norm, load_trained
 
 logger = logging.getLogger(__name__)
+
+CTC_UNITS = ("subset", "characters", "llm", "subwords", "none")
 
 
 def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, LabelChains | None, dict[str, Any]]:
     """The processor, the chains of CTC labels that spell its tokens, if any, and config values of the tokeniser."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.language_model))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.vocabulary or arguments.language_model))
+    for name in ("prompt_before", "prompt_after") if arguments.vocabulary is not None else ():
+        prompt = arguments.config.get(name, "")
+        if tokenizer.unk_token_id in tokenizer(prompt, add_special_tokens=False).input_ids:
+            raise ValueError(
+                f"{name}: the new vocabulary does not spell {prompt!r}; write it in words of the transcripts."
+            )
     if arguments.llm_units not in ("native", "ctc"):
         raise ValueError(f"llm_units must be 'native' or 'ctc', got {arguments.llm_units!r}.")
     units: dict[str, Any] = {}
@@ -50,8 +64,18 @@ def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, Labe
     elif arguments.ctc_units == "llm":
         special = set(tokenizer.all_special_ids)  # the end of sequence, for one, is never heard
         units["ctc_token_ids"] = [index for index in range(len(tokenizer)) if index not in special]
+    elif arguments.ctc_units == "subwords":
+        if arguments.ctc_vocabulary is None:
+            raise ValueError(
+                "ctc_vocabulary is required with ctc_units: subwords; training/train_vocabulary.py makes one."
+            )
+        if arguments.llm_units == "ctc":
+            raise ValueError("llm_units: ctc needs CTC labels that are tokens; set vocabulary, and ctc_units to llm.")
+        subword_tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.ctc_vocabulary))
+        units["ctc_labels"] = subword_labels(subword_tokenizer)
+        chains = subword_chains(tokenizer, subword_tokenizer)
     elif arguments.ctc_units != "none":
-        raise ValueError(f"ctc_units must be 'subset', 'characters', 'llm' or 'none', got {arguments.ctc_units!r}.")
+        raise ValueError(f"ctc_units must be one of {CTC_UNITS}, got {arguments.ctc_units!r}.")
     processor = SpeechLLMProcessor(
         AutoFeatureExtractor.from_pretrained(resolve_model(arguments.audio_model)),
         tokenizer,
@@ -65,9 +89,11 @@ def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, Labe
 def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """The untrained speech LLM of two pre-trained models, and its processor."""
     processor, chains, units = build_processor(arguments)
+    vocabulary = None if arguments.vocabulary is None else resolve_model(arguments.vocabulary)
+    language_model, _ = build_language_model(resolve_model(arguments.language_model), vocabulary, arguments.llm_init)
     model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
         resolve_model(arguments.audio_model),
-        resolve_model(arguments.language_model),
+        language_model,
         tokenizer=processor.tokenizer,
         label_chains=chains,
         **{**units, **arguments.config},
@@ -82,64 +108,82 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
 
     Raises:
         ValueError: For an unknown strategy, more encoder layers than there are, or a LoRA unlike that of an earlier
-            stage.
+            stage or without any layer to adapt.
     """
-    for part in ("encoder", "projector", "ctc_head", "llm"):
-        known = ("freeze", "lora", "full") if part == "llm" else ("freeze", "full")
+    for part in ("encoder", "projector", "llm", "cross_attention", "ctc_head", "llm_embeddings"):
+        known = ("freeze", "lora", "full") if part in ("encoder", "projector", "llm") else ("freeze", "full")
         if getattr(tuning, part) not in known:
             raise ValueError(f"tuning.{part} must be one of {known}, got {getattr(tuning, part)!r}.")
-    if tuning.llm == "lora":
-        lora = LoraConfig(
-            r=tuning.lora_r,
-            lora_alpha=tuning.lora_alpha,
-            lora_dropout=tuning.lora_dropout,
-            use_rslora=tuning.lora_rslora,
-            target_modules=rf".*\.({tuning.lora_targets})",
-        )
-        _inject_once(lora, model.language_model)
-    model.language_model.requires_grad_(tuning.llm == "full")
-    for name, parameter in model.language_model.named_parameters():
-        if "lora_" in name:
-            parameter.requires_grad_(tuning.llm == "lora")
-    model.audio_tower.requires_grad_(tuning.encoder == "full" and tuning.encoder_layers is None)
-    if tuning.encoder == "full" and tuning.encoder_layers is not None:
-        layers = encoder_layers(model.audio_tower)
-        if not 0 <= tuning.encoder_layers <= len(layers):
-            raise ValueError(f"tuning.encoder_layers must be 0 to {len(layers)}, got {tuning.encoder_layers}.")
-        for module in (*layers[len(layers) - tuning.encoder_layers :], final_norm(model.audio_tower)):
-            if module is not None:
-                module.requires_grad_(True)
-    model.multi_modal_projector.requires_grad_(tuning.projector == "full" and tuning.ce_loss_weight > 0)
+    has_ce = tuning.ce_loss_weight > 0
+    _tune_encoder(model.audio_tower, tuning)
+    _tune_part(model.multi_modal_projector, tuning, tuning.projector, r"(.*\.)?", "projector_lora_targets", has_ce)
+    _tune_part(model.language_model, tuning, tuning.llm, r".*\.", "lora_targets")
+    if tuning.llm_embeddings == "full":
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.requires_grad_(True)
+    if model.cross_attention is not None:
+        model.cross_attention.requires_grad_(tuning.cross_attention == "full" and has_ce)
     if model.ctc_head is not None:
         model.ctc_head.requires_grad_(tuning.ctc_head == "full" and tuning.ctc_loss_weight > 0)
     model.config.ce_loss_weight = tuning.ce_loss_weight
     model.config.ctc_loss_weight = tuning.ctc_loss_weight
 
 
-def _inject_once(lora: LoraConfig, language_model: PreTrainedModel) -> None:
-    """Add fresh LoRA weights; those of an earlier stage go on learning."""
-    earlier = getattr(language_model, "peft_config", {}).get("default")
-    if earlier is None:
-        inject_adapter_in_model(lora, language_model)
+def _tune_encoder(audio_tower: PreTrainedModel, tuning: TuningArguments) -> None:
+    if tuning.encoder == "freeze" or tuning.encoder_layers is None:
+        _tune_part(audio_tower, tuning, tuning.encoder, r"(.*\.)?", "encoder_lora_targets")
         return
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"):
-        if getattr(earlier, name) != getattr(lora, name):
-            raise ValueError(
-                f"tuning: LoRA must be the same in all stages, got {name} {getattr(earlier, name)!r} before and "
-                f"{getattr(lora, name)!r} now."
-            )
+    layers = encoder_layers(audio_tower)
+    if not 0 <= tuning.encoder_layers <= len(layers):
+        raise ValueError(f"tuning.encoder_layers must be 0 to {len(layers)}, got {tuning.encoder_layers}.")
+    top = range(len(layers) - tuning.encoder_layers, len(layers))
+    if tuning.encoder == "lora":
+        prefix = rf"(.*\.)?layers\.({'|'.join(map(str, top))})\.(.*\.)?"
+        _tune_part(audio_tower, tuning, "lora", prefix, "encoder_lora_targets")
+        return
+    audio_tower.requires_grad_(False)
+    for module in (*(layers[index] for index in top), final_norm(audio_tower)):
+        if module is not None:
+            module.requires_grad_(True)
+    set_lora_trainable(audio_tower, False)
+
+
+def _tune_part(
+    part: nn.Module, tuning: TuningArguments, strategy: str, prefix: str, targets: str, has_loss: bool = True
+) -> None:
+    """Apply `strategy` to a part; `prefix` is what stands before the names of its option `targets`."""
+    if strategy == "lora":
+        lora = LoraConfig(
+            r=tuning.lora_r,
+            lora_alpha=tuning.lora_alpha,
+            lora_dropout=tuning.lora_dropout,
+            use_rslora=tuning.lora_rslora,
+            target_modules=rf"{prefix}({getattr(tuning, targets)})",
+        )
+        add_lora(part, lora, f"tuning.{targets}")
+    part.requires_grad_(strategy == "full" and has_loss)
+    set_lora_trainable(part, strategy == "lora" and has_loss)
 
 
 def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
     """What `hf_speechllm.assembly` needs to put the trained parts together with the pre-trained models."""
     # Of the model, not of `tuning`: the LoRA may be an earlier stage's.
-    scalings = {layer.scaling["default"] for layer in model.language_model.modules() if isinstance(layer, LoraLayer)}
+    scalings = {part: lora_scaling(model.get_submodule(part)) for part in LORA_PARTS}
     return {
         "audio_model": stage.model.audio_model,
         "language_model": stage.model.language_model,
+        "vocabulary": stage.model.vocabulary,
+        "llm_init": stage.model.llm_init,
         "restricted_tokenizer": stage.model.llm_units == "ctc" and stage.model.ctc_units in ("subset", "characters"),
-        "lora_scaling": scalings.pop() if scalings else 1.0,
+        "lora_scaling": {part: scaling for part, scaling in scalings.items() if scaling is not None},
     }
+
+
+def named_now(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """Names of weights in `model`; those that LoRA was put around since have moved into its `base_layer`."""
+    state = model.state_dict()
+    moved = {name: ".base_layer.".join(name.rpartition(".")[::2]) for name in names}
+    return {name if name in state else moved[name] for name in names}
 
 
 def error_rates(processor: SpeechLLMProcessor, prediction: EvalPrediction) -> dict[str, float]:
@@ -157,38 +201,49 @@ def build_trainer(
     stage: Stage, model: PreTrainedModel, processor: SpeechLLMProcessor, data_dir: Path, trained_names: set[str]
 ) -> SpeechLLMTrainer:
     """The trainer of one stage."""
-    data, rate = stage.data, processor.sampling_rate
-    entries = [
-        entry
-        for entry in read_manifests(data.train_manifests, data_dir)
-        if data.min_duration_s <= entry["duration"] <= data.max_duration_s
-    ]
-    if not entries:
-        raise ValueError(
-            f"data: no utterance of {data.train_manifests} lasts {data.min_duration_s} to {data.max_duration_s} s; "
-            "change min_duration_s or max_duration_s."
+    data, training = stage.data, stage.training
+    report = DataReport(refuse=data.bad_data == "refuse")
+    # What is found when the data is opened is the same in all processes: the first one counts it.
+    found = report if training.process_index == 0 else DataReport(report.refuse)
+    is_spelled = model.config.ctc_token_ids is not None or model.config.ctc_chain_length is not None
+    has_ctc = model.ctc_head is not None and is_spelled and stage.tuning.ctc_loss_weight > 0
+    reader = RowReader(
+        processor.sampling_rate,
+        text_normalization=data.text_normalization,
+        convert_audio=data.convert_audio,
+        empty_text=data.empty_text,
+        ctc_fit=CTCFit.of_model(model, processor) if has_ctc else None,
+    )
+    augmentation = parse_options(AugmentOptions, data.augment_options, "data.augment_options")
+    masks = parse_options(SpecAugmentOptions, data.spec_augment_options, "data.spec_augment_options")
+    with training.main_process_first(desc="opening the data"):  # whose durations `datasets` caches for the others
+        dataset, batch_sampler = load_training_data(
+            data,
+            RowLoader(reader, augmentation if data.augment else None),
+            data_dir,
+            found,
+            seed=training.seed if training.data_seed is None else training.data_seed,
+            process_index=training.process_index,
+            num_processes=training.world_size,
         )
-    durations = [entry["duration"] for entry in entries]
-    logger.info("%d training utterances, %.1f h", len(entries), sum(durations) / 3600)
-    seed = stage.training.seed if stage.training.data_seed is None else stage.training.data_seed
-    dataset = ManifestDataset(entries, rate, AugmentOptions() if data.augment else None, seed=seed)
-    evaluation = {
-        name: ManifestDataset(read_manifests([path], data_dir)[: data.max_eval_examples], rate)
-        for name, path in data.eval_manifests.items()
-    }
+        evaluation = load_evaluation_data(data, reader, data_dir, found)
+    if batch_sampler is not None:
+        logger.info("%d training utterances, %.1f h", len(dataset), batch_sampler.total_s / 3600)
     return SpeechLLMTrainer(
         model=model,
-        args=stage.training,
+        args=training,
         train_dataset=dataset,
         eval_dataset=evaluation or None,
         data_collator=SpeechLLMDataCollator(processor),
         processing_class=processor,
         compute_metrics=lambda prediction: error_rates(processor, prediction),
         tuning=stage.tuning,
-        batch_sampler=DurationBatchSampler(durations, data.batch_duration_s, dataset, seed=dataset.seed),
+        batch_sampler=batch_sampler,
         trained_names=trained_names,
         generation=stage.generation,
         recipe=recipe(stage, model),
+        spec_augment=masks if data.spec_augment else None,
+        report=report,
     )
 
 
@@ -203,12 +258,22 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
     Raises:
         ValueError: If a stage of `only` needs the weights of one that is not finished.
     """
+    check_report_to([name for stage in stages for name in stage.training.report_to])
     set_seed(stages[0].training.seed)
     model, processor = build_model(stages[0].model)
-    trained_names: set[str] = set()
+    # The chains of labels of their own are computed from a tokeniser that is not kept.
+    has_own_labels = model.config.ctc_chain_length is not None and model.config.ctc_token_ids is None
+    trained_names: set[str] = {"ctc_chains"} if has_own_labels else set()
     for stage in stages:
         final = Path(stage.training.output_dir) / "final"
+        if stage.tuning.projector == "lora" and not any(n.startswith("multi_modal_projector.") for n in trained_names):
+            raise ValueError(
+                f"stage {stage.name!r}, tuning.projector: lora adapts a projector that has learnt, and this one starts "
+                "from random weights; it needs an earlier stage with full."
+            )
+        set_seed(stage.training.seed)  # fresh LoRA weights are the same whether the stage before has just run or not
         set_trainable(model, stage.tuning)
+        trained_names = named_now(model, trained_names)
         if final.exists():
             logger.info("stage %s is finished, its weights are read from %s", stage.name, final)
             trained_names |= load_trained(model, final)
@@ -223,11 +288,18 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(stage.training.output_dir))
+        trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
         trained_names = trainer.trained_names
         unfinished = final.with_name("final.unfinished")
         trainer.save_model(str(unfinished))
-        unfinished.rename(final)
+        if trainer.args.should_save:
+            unfinished.rename(final)
+            logger.info("stage %s: %s", stage.name, DataReport.load(final).summary())
+        trainer.accelerator.wait_for_everyone()
+        if stage is not stages[-1] and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            # The parameters stay divided or cast: the next stage starts from a fresh model and the weights on disk.
+            run(stages, data_dir, only)
+            return
 
 
 def main() -> None:
