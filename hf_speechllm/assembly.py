@@ -4,7 +4,8 @@ Training changes a small part of a speech LLM: LoRA, projector, CTC head, some e
 parts holds just these:
 
     trained.safetensors      weights by their name in the model; LoRA as `...lora_A.default.weight`, `...lora_B...`
-    recipe.json              {"audio_model": ..., "language_model": ..., "lora_scaling": ...}
+    recipe.json              {"audio_model": ..., "language_model": ..., "vocabulary": ..., "llm_init": ...,
+                              "lora_scaling": {"language_model": ...}, ...}
     config.json, generation_config.json
 """
 
@@ -14,9 +15,9 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
-from transformers import AutoFeatureExtractor, AutoTokenizer, GenerationConfig
+from transformers import AutoFeatureExtractor, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import lora_target_pattern, merge_adapters
@@ -25,10 +26,12 @@ from .bpe_subset import restrict_merges, subset_chains
 from .configuration_speechllm import SpeechLLMConfig
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
 from .processing_speechllm import SpeechLLMProcessor
+from .vocabulary import build_language_model
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 RECIPE_NAME = "recipe.json"
 CHECKPOINT_FORMAT = 2  # of what `assemble` writes by default; 1 had the LoRA merged into the weights
+LORA_PARTS = ("audio_tower", "multi_modal_projector", "language_model")
 _LORA_A, _LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -38,18 +41,23 @@ def resolve_model(name: str) -> str:
 
 
 def load_trained_weights(
-    model: SpeechLLMForConditionalGeneration, trained: dict[str, torch.Tensor], lora_scaling: float
+    model: SpeechLLMForConditionalGeneration,
+    trained: dict[str, torch.Tensor],
+    lora_scaling: float | dict[str, float],
 ) -> None:
     """Put into `model` what was trained: LoRA as an adapter, other weights in the place of the model's.
+
+    The language model may be wanted without its LoRA, so that stays an adapter; that of other parts is added to their
+    weights.
 
     Args:
         model: A model without adapters.
         trained: Trained weights by name; those below a LoRA are called `...base_layer.weight`.
-        lora_scaling: `alpha / r` of the LoRA; without effect if there is none.
+        lora_scaling: `alpha / r` of the LoRA, or that of each of LORA_PARTS; without effect if there is none.
 
     Raises:
         ValueError: If a trained weight has no place in `model` or another shape, or LoRA has one of its two matrices
-            only, or several ranks.
+            only, or several ranks in one part.
     """
     lora_a = {name.removesuffix(_LORA_A): value for name, value in trained.items() if name.endswith(_LORA_A)}
     lora_b = {name.removesuffix(_LORA_B) for name in trained if name.endswith(_LORA_B)}
@@ -58,18 +66,29 @@ def load_trained_weights(
         raise ValueError(f"{TRAINED_WEIGHTS_NAME}: {layer + missing!r} is missing beside {layer + found!r}.")
     modules = dict(model.named_modules())
     # Layers that the model lacks are told below.
-    layers = [layer for layer in lora_a if layer in modules]
-    if layers:
+    layers_of = {
+        part: [layer for layer in lora_a if layer in modules and layer.startswith(f"{part}.")] for part in LORA_PARTS
+    }
+    for part, layers in layers_of.items():
+        if not layers:
+            continue
         ranks = sorted({len(lora_a[layer]) for layer in layers})
         if len(ranks) > 1:
             raise ValueError(f"{TRAINED_WEIGHTS_NAME}: the LoRA of all layers must have one rank, got {ranks}.")
+        scaling = lora_scaling[part] if isinstance(lora_scaling, dict) else lora_scaling
+        is_merged = part != "language_model"
+        owner = model.get_submodule(part) if is_merged else model
+        names = [layer.removeprefix(f"{part}.") for layer in layers] if is_merged else layers
         config = LoraConfig(
             r=ranks[0],
-            lora_alpha=lora_scaling * ranks[0],
-            target_modules=lora_target_pattern(model, layers),
+            lora_alpha=scaling * ranks[0],
+            target_modules=lora_target_pattern(owner, names),
             fan_in_fan_out=isinstance(modules[layers[0]], Conv1D),
         )
-        model.add_adapter(config)
+        if is_merged:
+            inject_adapter_in_model(config, owner)
+        else:
+            model.add_adapter(config)
     state = model.state_dict()
     for name, value in trained.items():
         if name not in state:
@@ -82,6 +101,9 @@ def load_trained_weights(
                 f"{tuple(state[name].shape)}."
             )
     model.load_state_dict(trained, strict=False)
+    for part, layers in layers_of.items():
+        if layers and part != "language_model":
+            merge_adapters(model.get_submodule(part))
 
 
 def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
@@ -93,18 +115,31 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
     folder = Path(folder)
     recipe = json.loads((folder / RECIPE_NAME).read_text())
     config = SpeechLLMConfig.from_pretrained(folder)
-    audio_model, language_model = resolve_model(recipe["audio_model"]), resolve_model(recipe["language_model"])
+    trained = load_file(folder / TRAINED_WEIGHTS_NAME)
+    audio_model = resolve_model(recipe["audio_model"])
+    # Folders of earlier versions have the pre-trained language model with its own vocabulary.
+    vocabulary, init = recipe.get("vocabulary"), recipe.get("llm_init", "pretrained")
+    language_model, tokenizer = build_language_model(
+        resolve_model(recipe["language_model"]), None if vocabulary is None else resolve_model(vocabulary), init
+    )
+    untrained = {f"language_model.{name}" for name, _ in language_model.named_parameters()} - set(trained)
+    if init == "random" and untrained:
+        raise ValueError(
+            f"{RECIPE_NAME}: the language model started from random weights (llm_init), and {min(untrained)!r} was not "
+            "trained; it needs a stage with tuning.llm: full."
+        )
     overrides = {
         name: value
         for name, value in config.to_diff_dict().items()
         if name in SpeechLLMConfig.__annotations__ and name not in ("audio_config", "text_config")
     }
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
-    chains = None if config.ctc_chain_length is None else subset_chains(tokenizer, config.ctc_token_ids)
+    # Those of labels that are no tokens are among the trained weights.
+    has_subset = config.ctc_chain_length is not None and config.ctc_token_ids is not None
+    chains = subset_chains(tokenizer, config.ctc_token_ids) if has_subset else None
     model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
         audio_model, language_model, tokenizer, chains, **overrides
     )
-    load_trained_weights(model, load_file(folder / TRAINED_WEIGHTS_NAME), recipe["lora_scaling"])
+    load_trained_weights(model, trained, recipe["lora_scaling"])
     model.generation_config = GenerationConfig.from_pretrained(folder)
     if recipe["restricted_tokenizer"]:
         tokenizer = restrict_merges(tokenizer, config.ctc_token_ids)

@@ -79,6 +79,14 @@ def restrict_merges(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) ->
     return restricted
 
 
+def letters_of(text: str) -> str | None:
+    """The text of a token as it sounds: lower case, without punctuation; `None` if there is nothing to be heard."""
+    text = text.lower().replace("\u2019", "'")
+    letters = re.sub(r" +", " ", re.sub(r"[^\w' ]|_", "", text))
+    # Punctuation, but not the apostrophe or the space alone: these are labels.
+    return None if letters != text and not _WORD.search(letters) else letters
+
+
 def subset_chains(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> LabelChains:
     """The CTC labels `token_ids` that spell each token of the whole tokeniser, case and punctuation aside.
 
@@ -93,10 +101,9 @@ def subset_chains(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> L
     labels = {token: label for label, token in enumerate(token_ids)}
 
     def spell(text: str) -> list[int] | None:
-        text = text.lower().replace("\u2019", "'")
-        letters = re.sub(r" +", " ", re.sub(r"[^\w' ]|_", "", text))
-        if letters != text and not _WORD.search(letters):
-            return []  # punctuation, but not the apostrophe or the space alone: these are labels
+        letters = letters_of(text)
+        if letters is None:
+            return []
         ids = restricted.encode(letters, add_special_tokens=False).ids
         return [labels[index] for index in ids] if all(index in labels for index in ids) else None
 

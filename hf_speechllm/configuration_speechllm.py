@@ -6,8 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-PROJECTORS = ("stack", "mlp", "conv", "ctc_posterior")
-INTERFACES = ("prefix",)
+PROJECTORS = ("stack", "mlp", "conv", "pool", "ctc_posterior")
+INTERFACES = ("prefix", "bidirectional_prefix", "cross_attention")
 # Written into an exported config.json so that `pipeline(..., trust_remote_code=True)` finds our pipeline class.
 CUSTOM_PIPELINES = {
     "automatic-speech-recognition": {
@@ -33,11 +33,19 @@ class SpeechLLMConfig(PreTrainedConfig):
             Id of the one placeholder token that stands for the whole audio in `input_ids`. Defaults to the size of
             the language model's vocabulary, i.e. one past its last embedding: the placeholder is never embedded.
         interface (`str`, defaults to `"prefix"`):
-            How the language model sees the audio: `"prefix"` puts the audio embeddings before the text.
+            How the language model hears: `"prefix"` reads the audio embeddings before the text;
+            `"bidirectional_prefix"` too, and they attend to each other in both directions; `"cross_attention"` has
+            additional gated layers that attend to them, and only text in its input. Where that has no prompt, it starts
+            with the language model's begin-of-sequence token, or else its end-of-sequence token.
+        cross_attention_interval (`int`, defaults to 1):
+            With `"cross_attention"`: a gated layer stands before every so many-th layer of the language model.
+        cross_attention_intermediate_size (`int`, *optional*):
+            Width of the feed-forward block of the gated layers; defaults to 4 times that of the language model.
         projector (`str`, defaults to `"stack"`):
             `"stack"` (stacked frames, one linear layer), `"mlp"` (stacked frames, two layers), `"conv"` (two
-            convolutions and a linear layer) or `"ctc_posterior"` (expected embedding of the CTC labels under the CTC
-            posterior plus a correction computed from the stacked frames).
+            convolutions and a linear layer), `"pool"` (mean of the frames, one linear layer) or `"ctc_posterior"`
+            (expected embedding of the CTC labels under the CTC posterior plus a correction computed from the stacked
+            frames).
         downsampling (`int`, defaults to 4):
             Number of encoder frames that become one position of the language model.
         projector_hidden_size (`int`, *optional*):
@@ -84,6 +92,8 @@ class SpeechLLMConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     audio_token_id: int | None = None
     interface: str = "prefix"
+    cross_attention_interval: int = 1
+    cross_attention_intermediate_size: int | None = None
     projector: str = "stack"
     downsampling: int = 4
     projector_hidden_size: int | None = None
@@ -121,6 +131,17 @@ class SpeechLLMConfig(PreTrainedConfig):
             raise ValueError(f"projector must be one of {PROJECTORS}, got {self.projector!r}.")
         if self.interface not in INTERFACES:
             raise ValueError(f"interface must be one of {INTERFACES}, got {self.interface!r}.")
+        num_layers = self.get_text_config().num_hidden_layers
+        if self.interface == "cross_attention" and not 1 <= self.cross_attention_interval <= num_layers:
+            raise ValueError(
+                f"cross_attention_interval must be 1 to {num_layers}, the layers of the language model; got "
+                f"{self.cross_attention_interval}."
+            )
+        if self.cross_attention_intermediate_size is not None and self.cross_attention_intermediate_size < 1:
+            raise ValueError(
+                "cross_attention_intermediate_size must be a positive width, or None for 4 times that of the language "
+                f"model; got {self.cross_attention_intermediate_size}."
+            )
         if self.downsampling < 1:
             raise ValueError(f"downsampling must be a positive number of encoder frames, got {self.downsampling}.")
         if not self.ctc_layers:

@@ -6,7 +6,7 @@ P positions of the whole input of the language model, H its width, V its vocabul
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,9 @@ from .adapters import (
 )
 from .audio_encoders import build_audio_tower, encode_audio, encoder_layers, extract_audio_tower, lens_to_mask
 from .configuration_speechllm import SpeechLLMConfig
+from .cross_attention import GatedCrossAttentionLayer, SpeechCrossAttention
+from .ctc_loss import linear_ctc_loss
+from .decoder_inputs import DecoderInputs, append_labels, bidirectional_audio, place_audio
 from .generation_speechllm import SpeechLLMGenerationMixin
 from .label_chains import UNSPELLABLE, LabelChains
 from .label_units import LabelUnits
@@ -56,13 +59,16 @@ class SpeechLLMAudioOutput(ModelOutput):
     Args:
         encoder_out (`torch.Tensor` of shape `[B, T, D]`): Output of the acoustic encoder.
         encoder_out_lens (`torch.Tensor` of shape `[B]`): Number of valid frames.
-        ctc_log_probs (`torch.Tensor` of shape `[B, T, U+1]`, *optional*): CTC log-probabilities, blank last.
+        ctc_features (`torch.Tensor` of shape `[B, T, D]`, *optional*): What the CTC head's linear layer reads.
+        ctc_log_probs (`torch.Tensor` of shape `[B, T, U+1]`, *optional*): CTC log-probabilities, blank last. Not of a
+            training step, unless the projector reads them: over the vocabulary of a language model they are large.
         audio_embeds (`torch.Tensor` of shape `[B, L, H]`, *optional*): Input embeddings of the language model.
         audio_embeds_lens (`torch.Tensor` of shape `[B]`, *optional*): Number of valid audio positions.
     """
 
     encoder_out: torch.Tensor | None = None
     encoder_out_lens: torch.Tensor | None = None
+    ctc_features: torch.Tensor | None = None
     ctc_log_probs: torch.Tensor | None = None
     audio_embeds: torch.Tensor | None = None
     audio_embeds_lens: torch.Tensor | None = None
@@ -107,6 +113,9 @@ class SpeechLLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, CTCPosteriorProjector):
             init.zeros_(module.blank_embedding)
             init.zeros_(module.linear_2.weight)  # the correction starts at zero
+        elif isinstance(module, GatedCrossAttentionLayer):
+            init.zeros_(module.attention_gate)
+            init.zeros_(module.feed_forward_gate)
         elif isinstance(module, CTCHead):
             init.zeros_(module.log_prior)
             if module.layer_weights is not None:
@@ -117,7 +126,8 @@ class SpeechLLMPreTrainedModel(PreTrainedModel):
 
 class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGenerationMixin):
     r"""
-    A causal language model that hears: `prompt before | audio embeddings | prompt after | transcript`.
+    A causal language model that hears: `prompt before | audio embeddings | prompt after | transcript`, or
+    `prompt before | prompt after | transcript` with cross-attention to the audio embeddings.
 
     Args:
         config (`SpeechLLMConfig`): Configuration.
@@ -143,11 +153,13 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         self.language_model.generation_config = GenerationConfig()
         self.multi_modal_projector = PROJECTOR_CLASSES[config.projector](config)
         self.ctc_head = CTCHead(config) if config.ctc_vocab_size is not None else None
+        self.cross_attention = SpeechCrossAttention(config) if config.interface == "cross_attention" else None
         if config.ctc_chain_length is not None:
             # The table [V, M] of `LabelChains`: part of the checkpoint, not trained.
             shape = (config.text_config.vocab_size, config.ctc_chain_length)
             self.register_buffer("ctc_chains", torch.full(shape, UNSPELLABLE, dtype=torch.int32))
         self._num_audio_layers = len(encoder_layers(self.audio_tower))
+        self._label_units: tuple[tuple, LabelUnits | LabelChains] | None = None  # and what they were made of
         # What transformers takes for derived from the config loses our own entries, such as `ctc_weight`, in a reload.
         self.generation_config._from_model_config = False
         self.post_init()
@@ -306,48 +318,68 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
 
     @property
     def label_units(self) -> LabelUnits | LabelChains:
-        """How CTC labels correspond to tokens of the language model.
+        """How CTC labels correspond to tokens of the language model; made anew when config or chains have changed.
 
         Raises:
             ValueError: If the model has no CTC head, or the config does not tell.
         """
         config = self.config
         if config.ctc_chain_length is not None:
-            return LabelChains(config.blank_id, config.ctc_vocab_size + 1, self.ctc_chains, config.ctc_delimiter)
-        if config.ctc_token_ids is None:
+            chains = self.ctc_chains
+            # While the units hold the chains, no other tensor has their id; the version counts changes in place.
+            version = None if chains.is_inference() else chains._version
+            made_of = (config.blank_id, config.ctc_vocab_size, config.ctc_delimiter, id(chains), version)
+        elif config.ctc_token_ids is not None:
+            made_of = (config.blank_id, config.text_config.vocab_size, tuple(config.ctc_token_ids))
+        else:
             raise ValueError(
                 "This model has no CTC head whose labels are related to the tokens of its language model (set "
                 "ctc_token_ids, or build it with label_chains)."
             )
-        token_ids = torch.tensor(config.ctc_token_ids)
-        return LabelUnits.from_token_ids(token_ids, config.text_config.vocab_size, config.blank_id)
+        if self._label_units is None or self._label_units[0] != made_of:
+            if config.ctc_chain_length is not None:
+                units = LabelChains(config.blank_id, config.ctc_vocab_size + 1, chains, config.ctc_delimiter)
+            else:
+                token_ids = torch.tensor(config.ctc_token_ids)
+                units = LabelUnits.from_token_ids(token_ids, config.text_config.vocab_size, config.blank_id)
+            self._label_units = made_of, units
+        return self._label_units[1]
 
     def encode(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        *,
+        ctc_log_probs: bool = True,
     ) -> SpeechLLMAudioOutput:
         """Encoder and CTC head: all that combination with a language model by shallow fusion needs.
 
         Args:
             input_features: Output of the processor, waveforms `[B, S]` or frames `[B, S, F]`, `[B, F, S]`.
             input_features_mask: `[B, S]`, 1 on valid steps. `None`: no padding.
+            ctc_log_probs: Whether CTC log-probabilities are wanted, or just what they are computed from.
         """
         parameter = next(self.audio_tower.parameters())
         layers = tuple(self.ctc_head.layers) if self.ctc_head is not None else ()
         encoding = encode_audio(
             self.audio_tower, input_features.to(parameter.device, parameter.dtype), input_features_mask, layers
         )
-        ctc_log_probs = self.ctc_head(encoding, self._num_audio_layers) if self.ctc_head is not None else None
-        return SpeechLLMAudioOutput(
-            encoder_out=encoding.encoder_out,
-            encoder_out_lens=encoding.encoder_out_lens,
-            ctc_log_probs=ctc_log_probs,
-        )
+        audio = SpeechLLMAudioOutput(encoder_out=encoding.encoder_out, encoder_out_lens=encoding.encoder_out_lens)
+        if self.ctc_head is not None:
+            audio.ctc_features = self.ctc_head.features(encoding, self._num_audio_layers)
+            audio.ctc_log_probs = self.ctc_head.log_probs(audio.ctc_features) if ctc_log_probs else None
+        return audio
 
     def get_audio_features(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        *,
+        ctc_log_probs: bool = True,
     ) -> SpeechLLMAudioOutput:
         """As [`~SpeechLLMForConditionalGeneration.encode`], with the embeddings that the language model reads."""
-        audio = self.encode(input_features, input_features_mask)
+        is_read = self.config.projector == "ctc_posterior" or self.config.ctc_blank_threshold is not None
+        audio = self.encode(input_features, input_features_mask, ctc_log_probs=ctc_log_probs or is_read)
         frame_mask = lens_to_mask(audio.encoder_out_lens, audio.encoder_out.shape[1])
         frames = audio.encoder_out * frame_mask[..., None].to(audio.encoder_out.dtype)
         if self.config.projector == "ctc_posterior":
@@ -355,7 +387,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             embeds = self.multi_modal_projector(
                 frames, audio.ctc_log_probs, frame_mask, self.get_input_embeddings()(label_ids)
             )
-        elif self.config.projector == "conv":
+        elif self.config.projector in ("conv", "pool"):
             embeds = self.multi_modal_projector(frames, frame_mask)
         else:
             embeds = self.multi_modal_projector(frames)
@@ -370,8 +402,11 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
 
     def merge_inputs(
         self, audio: SpeechLLMAudioOutput, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> DecoderInputs:
         """Input of the language model: text tokens, with the audio in place of its one placeholder.
+
+        With cross-attention there is nothing in that place, except for the token that a text without prompt starts
+        with.
 
         Args:
             audio: Output of [`~SpeechLLMForConditionalGeneration.get_audio_features`].
@@ -379,10 +414,10 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             attention_mask: `[B, P']`, 0 on the padding of `input_ids`.
 
         Returns:
-            Embeddings `[B, P, H]` and mask `[B, P]`, padded on the left.
+            Embeddings `[B, P, H]` and masks `[B, P]`, padded on the left.
 
         Raises:
-            ValueError: If a row has no placeholder, or several.
+            ValueError: If a row has no placeholder, or several; or no text, and there is no token to start with.
         """
         batch_size = audio.audio_embeds.shape[0]
         if input_ids is None:
@@ -397,19 +432,40 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
                 f"{self.config.audio_token_id}) in each; got {input_ids.shape[0]} rows with {counts} "
                 "placeholders. Build them with processor.apply_transcription_request."
             )
+        embed = self.get_input_embeddings()
         # The placeholder's id may lie beyond the vocabulary.
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholder, 0))
-        audio_embeds = audio.audio_embeds.to(embeds.device, embeds.dtype)
-        rows = []
-        for row in range(batch_size):
-            position = int(placeholder[row].nonzero())
-            valid = attention_mask[row].bool()
-            before = embeds[row, :position][valid[:position]]
-            after = embeds[row, position + 1 :][valid[position + 1 :]]
-            rows.append(torch.cat([before, audio_embeds[row, : int(audio.audio_embeds_lens[row])], after]))
-        lens = torch.tensor([len(row) for row in rows], device=embeds.device)
-        inputs_embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        return inputs_embeds, lens_to_mask(lens, inputs_embeds.shape[1]).flip(1).long()
+        embeds = embed(input_ids.masked_fill(placeholder, 0))
+        if self.cross_attention is None:
+            return place_audio(embeds, placeholder, attention_mask, audio.audio_embeds, audio.audio_embeds_lens)
+        is_empty = attention_mask.sum(1) == 1
+        start_id = self._start_token_id if is_empty.any() else 0
+        start = embed(torch.full_like(input_ids[:, :1], start_id))
+        return place_audio(embeds, placeholder, attention_mask, start, is_empty.long())
+
+    @property
+    def _start_token_id(self) -> int:
+        """The token that a text without prompt starts with, as in transformers' `generate`."""
+        text_config = self.config.get_text_config()
+        for token_id in (text_config.bos_token_id, text_config.eos_token_id):
+            if token_id is not None:
+                return token_id[0] if isinstance(token_id, list) else token_id
+        raise ValueError(
+            "prompt_before, prompt_after: interface='cross_attention' without prompt needs a token to start with, and "
+            "text_config has neither bos_token_id nor eos_token_id; set one, or give a prompt."
+        )
+
+    def listening(self, audio: SpeechLLMAudioOutput, inputs: DecoderInputs) -> AbstractContextManager[None]:
+        """Inside, `language_model` hears by the interface of the config: `with model.listening(audio, inputs): ...`.
+
+        Args:
+            audio: Output of [`~SpeechLLMForConditionalGeneration.get_audio_features`].
+            inputs: What the language model reads first; there may be several rows for each utterance, side by side.
+        """
+        if self.cross_attention is not None:
+            return self.cross_attention.inserted(self.language_model, audio.audio_embeds, audio.audio_embeds_lens)
+        if self.config.interface == "bidirectional_prefix":
+            return bidirectional_audio(self.language_model, inputs)
+        return nullcontext()  # the audio is read as text is
 
     @property
     def prompt_ids(self) -> torch.Tensor:
@@ -450,7 +506,9 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         if input_features is None:
             raise ValueError("input_features is required: pass the output of the processor for the audio.")
         only_ctc = labels is not None and self.config.ce_loss_weight == 0.0
-        audio = (self.encode if only_ctc else self.get_audio_features)(input_features, input_features_mask)
+        compute_audio = self.encode if only_ctc else self.get_audio_features
+        is_step = self.training and labels is not None
+        audio = compute_audio(input_features, input_features_mask, ctc_log_probs=not is_step)
         if labels is not None and num_items_in_batch is None:
             num_items_in_batch = (labels != IGNORE_INDEX).sum()
         lm_output = SpeechLLMOutput()
@@ -482,16 +540,17 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         kwargs: dict[str, Any],
     ) -> SpeechLLMOutput:
         """The language model on prompt, audio and labels: cross-entropy (with labels), logits and cache."""
-        inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
+        inputs = self.merge_inputs(audio, input_ids, attention_mask)
         if labels is not None:
-            labels = labels.to(inputs_embeds.device)
+            labels = labels.to(inputs.mask.device)
             # Padding of the labels moves to the left too, so that the last N logits of a row predict its labels.
-            inputs_embeds, mask, labels = self._append_labels(inputs_embeds, mask, labels)
+            inputs, labels = append_labels(inputs, labels, IGNORE_INDEX, self.get_input_embeddings())
             kwargs = {"logits_to_keep": labels.shape[1] + 1, "use_cache": False, **kwargs}
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        lm_output = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, **kwargs
-        )
+        position_ids = (inputs.mask.cumsum(1) - 1).clamp(min=0)
+        with self.listening(audio, inputs):
+            lm_output = self.language_model(
+                inputs_embeds=inputs.inputs_embeds, attention_mask=inputs.mask, position_ids=position_ids, **kwargs
+            )
         if labels is None:
             return SpeechLLMOutput(logits=lm_output.logits, past_key_values=lm_output.past_key_values)
         logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
@@ -501,23 +560,6 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         return SpeechLLMOutput(
             ce_loss=ce_sum / num_items_in_batch, logits=logits, past_key_values=lm_output.past_key_values
         )
-
-    def _append_labels(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Prompts `[B, P, H]` and labels `[B, N]` to left-padded inputs `[B, P', H]`, mask and labels."""
-        valid = labels != IGNORE_INDEX
-        label_embeds = self.get_input_embeddings()(labels.masked_fill(~valid, 0))
-        rows, row_labels = [], []
-        for row in range(labels.shape[0]):
-            rows.append(torch.cat([inputs_embeds[row][mask[row].bool()], label_embeds[row][valid[row]]]))
-            row_labels.append(labels[row][valid[row]])
-        lens = torch.tensor([len(row) for row in rows], device=labels.device)
-        inputs_embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        labels = nn.utils.rnn.pad_sequence(
-            row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side="left"
-        )
-        return inputs_embeds, lens_to_mask(lens, inputs_embeds.shape[1]).flip(1).long(), labels
 
     def ctc_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """CTC labels `[B, N']` of the tokens `[B, N]` of the transcripts; end-of-sequence and padding become -100."""
@@ -545,17 +587,14 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
 
     def _ctc_loss(self, audio: SpeechLLMAudioOutput, targets: torch.Tensor) -> torch.Tensor:
         """Sum over the utterances, in nats. Transcripts that do not fit into their frames count zero."""
-        log_probs = audio.ctc_log_probs
-        targets = targets.to(log_probs.device)
-        valid = targets != IGNORE_INDEX
-        return nn.functional.ctc_loss(
-            log_probs.transpose(0, 1),
-            targets[valid],
+        output_layer = self.ctc_head.linear
+        return linear_ctc_loss(
+            audio.ctc_features,
+            output_layer.weight,
+            output_layer.bias,
+            targets,
             audio.encoder_out_lens,
-            valid.sum(1),
-            blank=self.config.blank_id,
-            reduction="sum",
-            zero_infinity=True,
+            blank_id=self.config.blank_id,
         )
 
 

@@ -72,6 +72,21 @@ class ConvProjector(nn.Module):
         return self.linear(self.act(self.conv_2(x)).transpose(1, 2))  # B, H', T -> B, L, H
 
 
+class PoolProjector(nn.Module):
+    """The mean of S frames, and one linear layer with bias."""
+
+    def __init__(self, config: SpeechLLMConfig):
+        super().__init__()
+        self.downsampling = config.downsampling
+        self.linear = nn.Linear(encoder_width(config.audio_config), config.text_config.hidden_size)
+
+    def forward(self, encoder_out: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """`[B, T, D]`, zero on padded frames, and `[B, T]` to `[B, L, H]`; the last mean is of the valid frames."""
+        sums = stack_frames(encoder_out, self.downsampling).sum(2)  # B, T, D -> B, L, D
+        counts = stack_frames(frame_mask[..., None].to(sums.dtype), self.downsampling).sum(2)  # B, T, 1 -> B, L, 1
+        return self.linear(sums / counts.clamp(min=1.0))
+
+
 class CTCPosteriorProjector(nn.Module):
     """Expected label embedding under the CTC posterior, plus a correction computed from the frames.
 
@@ -110,6 +125,7 @@ PROJECTOR_CLASSES = {
     "stack": StackProjector,
     "mlp": MLPProjector,
     "conv": ConvProjector,
+    "pool": PoolProjector,
     "ctc_posterior": CTCPosteriorProjector,
 }
 
@@ -130,6 +146,14 @@ class CTCHead(nn.Module):
 
     def forward(self, encoding: AudioEncoding, num_layers: int) -> torch.Tensor:
         """The encoder's layers to log-probabilities `[B, T, U+1]` in float32, blank last."""
+        return self.log_probs(self.features(encoding, num_layers))
+
+    def log_probs(self, features: torch.Tensor) -> torch.Tensor:
+        """Features `[B, T, D]` to log-probabilities `[B, T, U+1]` in float32, blank last."""
+        return self.linear(features).float().log_softmax(-1)
+
+    def features(self, encoding: AudioEncoding, num_layers: int) -> torch.Tensor:
+        """The encoder's layers to what the linear layer reads, `[B, T, D]`."""
         layers = [encoding.layers[layer % num_layers] for layer in self.layers]
         if self.layer_weights is None:
             x = layers[0]
@@ -137,7 +161,7 @@ class CTCHead(nn.Module):
             x = torch.einsum("k,kbtd->btd", self.layer_weights.softmax(0), torch.stack(layers))
         if self.layer_norm is not None:
             x = self.layer_norm(x)
-        return self.linear(x).float().log_softmax(-1)
+        return x
 
 
 def drop_blank_positions(

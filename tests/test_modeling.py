@@ -205,6 +205,29 @@ def test_chains_are_part_of_the_checkpoint(tmp_path):
     assert reloaded.label_units.delimiter == 0
 
 
+@pytest.mark.parametrize("make", [chains_model, loud_model])
+def test_label_units_are_made_once_and_again_when_what_they_are_made_of_changes(make):
+    model = make()
+    units = model.label_units
+    assert model.label_units is units
+    assert units.to(torch.device("cpu")) is units
+    if make is chains_model:
+        model.ctc_chains[3, 0] = 2
+        changed = model.label_units
+        assert int(changed.spell(torch.tensor([3]))[0, 0]) == 2
+        assert model.label_units is changed
+        model.ctc_chains = model.ctc_chains.clone()
+        assert model.label_units is not changed
+        model.config.ctc_delimiter = 1
+        assert model.label_units.delimiter == 1
+    else:
+        first, second = model.config.ctc_token_ids[:2]
+        model.config.ctc_token_ids[:2] = [second, first]
+        assert model.label_units.tokens_to_labels(torch.tensor([second, first])).tolist() == [0, 1]
+    other = copy.deepcopy(model)
+    assert other.label_units is not model.label_units
+
+
 def test_a_model_without_relation_between_labels_and_tokens_has_no_label_units():
     with pytest.raises(ValueError, match="no CTC head whose labels are related to the tokens"):
         _ = loud_model(ctc_token_ids=None, ctc_labels=["a", "b"]).label_units

@@ -32,7 +32,7 @@ def project(projector: nn.Module, frames: torch.Tensor, lens: torch.Tensor, ctc_
     if name == "CTCPosteriorProjector":
         generator = torch.Generator().manual_seed(1)
         return projector(frames, ctc_log_probs, mask, torch.randn(NUM_LABELS, HIDDEN, generator=generator))
-    return projector(frames, mask) if name == "ConvProjector" else projector(frames)
+    return projector(frames, mask) if name in ("ConvProjector", "PoolProjector") else projector(frames)
 
 
 def random_frames(batch_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +91,15 @@ def test_stack_is_one_linear_layer_on_stacked_frames():
     frames, ctc_log_probs = random_frames(1, 6)
     expected = frames.view(1, 2, 3 * WIDTH) @ module.linear.weight.T + module.linear.bias
     torch.testing.assert_close(project(module, frames, torch.tensor([6]), ctc_log_probs), expected)
+
+
+def test_pool_is_one_linear_layer_on_the_mean_of_the_valid_frames():
+    module = random_projector("pool", 4)
+    frames, ctc_log_probs = random_frames(2, 9)
+    embeds = project(module, frames, torch.tensor([9, 6]), ctc_log_probs)
+    for row, position, group in ((0, 0, slice(0, 4)), (0, 2, slice(8, 9)), (1, 1, slice(4, 6))):
+        expected = frames[row, group].mean(0) @ module.linear.weight.T + module.linear.bias
+        torch.testing.assert_close(embeds[row, position], expected)
 
 
 def test_hidden_size_and_activation_come_from_the_config():
