@@ -1,6 +1,8 @@
-"""Combination of a CTC head with a language model by shallow fusion: modes of `generate` that search CTC labels.
+"""Decoding options beyond those of transformers, and the modes that combine a CTC head with a language model.
 
-ctc_beam        the CTC head alone
+llm             the language model hears, jointly with CTC where `ctc_weight` > 0
+ctc_greedy      the best CTC path
+ctc_beam        a beam search over CTC labels
 rescoring       its N-best list, rescored by the language model
 label_fusion    one pass, the language model scores each CTC label, which must be a token of it
 delayed_fusion  one pass, the language model scores each word when it is complete, in its own tokens
@@ -8,6 +10,7 @@ delayed_fusion  one pass, the language model scores each word when it is complet
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,81 +23,112 @@ from .label_units import LabelUnits
 from .lm_score import CausalLMScorer
 
 FUSION_OF_MODE = {"ctc_beam": "none", "rescoring": "delayed", "label_fusion": "label", "delayed_fusion": "delayed"}
+MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
 
 
 @dataclass(frozen=True)
-class SearchOptions:
-    """How CTC and language model are combined; all are options of `generate`.
+class DecodingOptions:
+    """How CTC and language model are combined.
 
     Attributes:
-        mode: One of `FUSION_OF_MODE`.
-        ctc_beam_size: Hypotheses kept per utterance.
+        mode: One of `MODES`.
+        ctc_weight: Of mode `"llm"`: weight w of the CTC prefix score, 0 to 1: `(1-w) log p_LLM + w log p_CTC`.
+        ctc_top_k: Of modes `"llm"` and `"ctc_greedy"`: CTC log-probabilities are computed a few frames at a time, and
+            `"llm"` scores only so many labels per utterance, those with the highest peaks over time. For CTC over the
+            whole vocabulary of a language model; `None`: all labels.
         lm_weight: Scale of the language model.
         prior_weight: Scale of the label prior, which is subtracted.
         length_reward: Nats per token of the language model.
-        fusion_interval: Frames between two words' scorings of `delayed_fusion`; 1: each word when it is complete.
-        n_best: Hypotheses to return per utterance.
+        ctc_beam_size: Hypotheses kept per utterance.
+        fusion_interval: Frames between two words' scorings of `"delayed_fusion"`; 1: each word when it is complete.
+
+    Raises:
+        ValueError: If an option is out of range.
     """
 
-    mode: str
-    ctc_beam_size: int
-    lm_weight: float
-    prior_weight: float
-    length_reward: float
-    fusion_interval: int
-    n_best: int
+    mode: str = "llm"
+    ctc_weight: float = 0.0
+    ctc_top_k: int | None = None
+    lm_weight: float = 0.0
+    prior_weight: float = 0.0
+    length_reward: float = 0.0
+    ctc_beam_size: int = 16
+    fusion_interval: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}.")
+        if not 0.0 <= self.ctc_weight <= 1.0:
+            raise ValueError(
+                f"ctc_weight must lie between 0 (language model only) and 1 (CTC only), got {self.ctc_weight}."
+            )
+        for name in ("lm_weight", "prior_weight", "length_reward"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}.")
+        for name in ("ctc_top_k", "ctc_beam_size", "fusion_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
 
     @property
-    def fusion(self) -> str:
-        return FUSION_OF_MODE[self.mode]
+    def searches_labels(self) -> bool:
+        """Whether the mode is a beam search over CTC labels."""
+        return self.mode in FUSION_OF_MODE
 
     @property
-    def interval(self) -> int | None:
-        """What `ctc_beam_search` takes: no conversion before the end is rescoring."""
-        if self.mode == "rescoring":
-            return None
-        return self.fusion_interval if self.mode == "delayed_fusion" else 1
+    def needs_text(self) -> bool:
+        """Whether the language model reads the text of the labels, in its own tokens."""
+        return FUSION_OF_MODE.get(self.mode) == "delayed"
 
+    def search(
+        self,
+        ctc_log_probs: Tensor,
+        lens: Tensor,
+        blank_id: int,
+        *,
+        lm: CausalLMScorer | None = None,
+        log_prior: Tensor | None = None,
+        label_units: LabelUnits | None = None,
+        labels_to_text: LabelsToText | None = None,
+        n_best: int = 1,
+    ) -> list[list[Hypothesis]]:
+        """N-best lists of a batch by the beam search of the mode, which ignores what it has no use for.
 
-def search_ctc(
-    ctc_log_probs: Tensor,
-    lens: Tensor,
-    blank_id: int,
-    log_prior: Tensor,
-    lm: CausalLMScorer | None,
-    options: SearchOptions,
-    label_units: LabelUnits | None,
-    labels_to_text: LabelsToText | None,
-) -> list[list[Hypothesis]]:
-    """N-best lists of a batch.
-
-    Args:
-        ctc_log_probs: `[B, T, U+1]`.
-        lens: `[B]` valid frames.
-        blank_id: Position of the blank.
-        log_prior: `[U+1]` log-probabilities of the labels.
-        lm: The language model; for `ctc_beam` it is not used.
-        options: Mode and scales.
-        label_units: Token of each label, for `label_fusion`.
-        labels_to_text: Spells labels; for `rescoring` and `delayed_fusion` required.
-    """
-    uses_lm = options.mode != "ctc_beam"
-    return ctc_beam_search(
-        ctc_log_probs,
-        lens,
-        blank_id=blank_id,
-        beam_size=options.ctc_beam_size,
-        lm=lm if uses_lm else None,
-        lm_weight=options.lm_weight if uses_lm else 0.0,
-        fusion=options.fusion,
-        interval=options.interval,
-        label_units=label_units if options.mode == "label_fusion" else None,
-        labels_to_text=labels_to_text,
-        prior=log_prior,
-        prior_weight=options.prior_weight if uses_lm else 0.0,
-        length_reward=options.length_reward if uses_lm else 0.0,
-        n_best=options.n_best,
-    )
+        Args:
+            ctc_log_probs: `[B, T, U+1]`.
+            lens: `[B]` valid frames.
+            blank_id: Position of the blank.
+            lm: The language model; not for `"ctc_beam"`.
+            log_prior: `[U+1]` log-probabilities of the labels.
+            label_units: Token of each label, for `"label_fusion"`.
+            labels_to_text: Spells labels; required for `"rescoring"` and `"delayed_fusion"`.
+            n_best: Hypotheses wanted per utterance.
+        """
+        if self.mode == "ctc_beam":
+            combined = {}
+        else:
+            combined = {
+                "lm": lm,
+                "lm_weight": self.lm_weight,
+                "prior": log_prior,
+                "prior_weight": self.prior_weight,
+                "length_reward": self.length_reward,
+            }
+        if self.mode == "label_fusion":
+            combined["label_units"] = label_units
+        if self.needs_text:
+            # No conversion before the end is rescoring.
+            combined["interval"] = self.fusion_interval if self.mode == "delayed_fusion" else None
+        return ctc_beam_search(
+            ctc_log_probs,
+            lens,
+            blank_id=blank_id,
+            beam_size=self.ctc_beam_size,
+            fusion=FUSION_OF_MODE[self.mode],
+            labels_to_text=labels_to_text,
+            n_best=n_best,
+            **combined,
+        )
 
 
 def pad_hypotheses(

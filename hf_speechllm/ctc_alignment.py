@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .ctc_beam import score_dtype
-from .ctc_prefix_score import check_log_probs
+from .ctc_emissions import check_log_probs
 from .ctc_text import LabelsToText
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .ctc_prefix_score import check_log_probs
+from .ctc_emissions import check_log_probs
 
 NO_LABEL = -1
 

@@ -106,28 +106,21 @@ def ctc_beam_search(
     _check_fusion(fusion, interval, lm, lm_weight, label_units, labels_to_text)
     scales = Scales(lm_weight, prior_weight, length_reward)
     prior = _checked_prior(prior, scales, log_probs, blank_id)
-    if fusion == "delayed" and interval is None:
-        nothing = LabelFusion(Scales(0.0, 0.0, 0.0), None, None, None)
-        beam, scores = _search(emissions, nothing, len(lengths), beam_size, recombination)
-        hypotheses = _hypotheses(beam, scores, nothing.scales, labels_to_text, beam_size)
-        rescored = rescore_nbest(
-            hypotheses,
-            lm,
-            lm_weight=lm_weight,
-            prior=prior,
-            prior_weight=prior_weight,
-            length_reward=length_reward,
-        )
-        return [[row for row in rows if row.log_score > -math.inf][:n_best] for rows in rescored]
     if fusion == "label":
         label_units = _checked_units(label_units, lm, log_probs, blank_id)
-    method = (
-        DelayedFusion(scales, prior, lm, labels_to_text, interval)
-        if fusion == "delayed"
-        else LabelFusion(scales, prior, lm, label_units)
-    )
+    rescores = fusion == "delayed" and interval is None
+    if rescores:
+        method = LabelFusion(Scales(0.0, 0.0, 0.0), None, None, None)
+    elif fusion == "delayed":
+        method = DelayedFusion(scales, prior, lm, labels_to_text, interval)
+    else:
+        method = LabelFusion(scales, prior, lm, label_units)
     beam, scores = _search(emissions, method, len(lengths), beam_size, recombination)
-    return _hypotheses(beam, scores, scales, labels_to_text, n_best)
+    hypotheses = _hypotheses(beam, scores, method.scales, labels_to_text, beam_size if rescores else n_best)
+    if not rescores:
+        return hypotheses
+    rescored = rescore_nbest(hypotheses, lm, prior=prior, **vars(scales))
+    return [[row for row in rows if row.log_score > -math.inf][:n_best] for rows in rescored]
 
 
 def _search(

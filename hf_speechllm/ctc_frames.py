@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ctc_prefix_score import check_log_probs
+from .ctc_emissions import check_log_probs
 
 
 class MergedFrames(NamedTuple):

@@ -20,8 +20,8 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
 from transformers.utils import logging
 
+from .combination import DecodingOptions
 from .ctc_alignment import align, word_times
-from .ctc_beam_search import ctc_beam_search
 from .ctc_text import LabelsToText, labels_to_text_of
 from .hypothesis import Hypothesis
 from .pipeline_speechllm import LanguageModel, SegmentedPipeline, load_language_model
@@ -30,6 +30,7 @@ from .rescoring import nbest_from_seq2seq, rescore_nbest
 
 FUSION_OPTIONS = ("lm_weight", "length_reward", "lm_lowercase", "fusion", "ctc_beam_size", "fusion_interval")
 _GENERATE_OPTIONS = ("num_beams", "max_new_tokens", "language", "task")  # of encoder-decoders
+_MODE_OF_FUSION = {"delayed": "delayed_fusion", "rescoring": "rescoring"}
 DEFAULT_LM_WEIGHT = 0.5
 DEFAULT_MAX_PIECE_S = 30.0
 NO_LABEL = -1  # fills up rows of labels
@@ -156,59 +157,43 @@ class CTCFusionPipeline(FusionPipeline):
         return_timestamps: bool | str | None = None,
         stride_length_s: float | None = None,
     ) -> tuple[dict, dict, dict]:
-        _check_scales(lm_weight=lm_weight, length_reward=length_reward)
-        if fusion not in (None, "delayed", "rescoring"):
+        if fusion not in (None, *_MODE_OF_FUSION):
             raise ValueError(f'fusion must be "delayed" or "rescoring", got {fusion!r}.')
-        _check_counts(ctc_beam_size=ctc_beam_size, fusion_interval=fusion_interval)
-        preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
-        forward = _given(
+        search = _given(
+            mode=_MODE_OF_FUSION.get(fusion),
             lm_weight=lm_weight,
             length_reward=length_reward,
-            lm_lowercase=lm_lowercase,
-            fusion=fusion,
             ctc_beam_size=ctc_beam_size,
             fusion_interval=fusion_interval,
-            return_timestamps=return_timestamps,
         )
-        return preprocess, forward, postprocess
+        DecodingOptions(**search)  # which checks them
+        preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
+        forward = _given(lm_lowercase=lm_lowercase, return_timestamps=return_timestamps)
+        return preprocess, {**forward, **search}, postprocess
 
     def nbest(self, waveform: np.ndarray, size: int) -> list[Hypothesis]:
         """See [`FusionPipeline.nbest`]."""
         inputs = self.ensure_tensor_on_device(**self.extract_features(waveform))
         log_probs, lengths = ctc_log_probs(self.model, *self._take_audio(inputs))
-        return ctc_beam_search(
-            log_probs,
-            lengths,
-            blank_id=self.blank_id,
-            beam_size=size,
-            n_best=size,
-            labels_to_text=self.labels_to_text,
-        )[0]
+        search = DecodingOptions(mode="ctc_beam", ctc_beam_size=size)
+        return search.search(log_probs, lengths, self.blank_id, labels_to_text=self.labels_to_text, n_best=size)[0]
 
     def _forward(
         self,
         model_inputs: dict[str, Any],
-        lm_weight: float = DEFAULT_LM_WEIGHT,
-        length_reward: float = 0.0,
         lm_lowercase: bool | None = None,
-        fusion: str = "delayed",
-        ctc_beam_size: int = 16,
-        fusion_interval: int = 1,
         return_timestamps: bool | str | None = None,
+        **search: Any,
     ) -> dict[str, Any]:
         log_probs, lengths = ctc_log_probs(self.model, *self._take_audio(model_inputs))
         in_lm_case = self.lm_case(lm_lowercase)
-        nbests = ctc_beam_search(
+        options = DecodingOptions(**{"mode": "delayed_fusion", "lm_weight": DEFAULT_LM_WEIGHT, **search})
+        nbests = options.search(
             log_probs,
             lengths,
-            blank_id=self.blank_id,
-            beam_size=ctc_beam_size,
+            self.blank_id,
             lm=self.lm,
-            lm_weight=lm_weight,
-            fusion="delayed",
-            interval=fusion_interval if fusion == "delayed" else None,
             labels_to_text=lambda labels: in_lm_case(self.labels_to_text(labels)),
-            length_reward=length_reward,
         )
         labels = _best_labels(nbests)
         outputs = {"is_last": model_inputs.pop("is_last"), "tokens": _pad_labels(labels)}
@@ -281,7 +266,7 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
         options = {**(generate_kwargs or {}), **_given(num_beams=num_beams, max_new_tokens=max_new_tokens)}
         # transformers sets aside what was given at construction and is an option of every `generate`.
         _check_generate_options({**self._generate_kwargs, **options})
-        _check_scales(lm_weight=lm_weight, length_reward=length_reward)
+        DecodingOptions(**_given(lm_weight=lm_weight, length_reward=length_reward))  # which checks them
         preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
         scales = _given(lm_weight=lm_weight, length_reward=length_reward, lm_lowercase=lm_lowercase)
         return preprocess, {**scales, **options}, postprocess
@@ -445,18 +430,6 @@ def _check_generate_options(options: dict[str, Any]) -> None:
         )
     if options.get("num_beams", 2) < 2:
         raise ValueError(f"num_beams must be at least 2, for a list to rescore, got {options['num_beams']}.")
-
-
-def _check_scales(**scales: float | None) -> None:
-    for name, value in _given(**scales).items():
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value}.")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in _given(**counts).items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 __all__ = ["CTCFusionPipeline", "FusionPipeline", "Seq2SeqRescoringPipeline"]

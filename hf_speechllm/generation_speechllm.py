@@ -1,17 +1,11 @@
 """`generate` of a speech LLM: encode once, build the prompt, decode with the language model and the CTC head jointly.
 
-Decoding options beyond those of transformers, saved in `generation_config` and overridable per call:
-
-- `mode`: `"llm"` (default), the language model hears, jointly with CTC where `ctc_weight > 0`; `"ctc_greedy"`, the best
-  CTC path; `"ctc_beam"`, a beam search over CTC labels; `"rescoring"`, `"label_fusion"`, `"delayed_fusion"`, such a
-  search combined with the plain language model (its LoRA off), see `combination.py`.
-- `ctc_weight` (0 to 1, default 0): weight w of the CTC prefix score in mode `"llm"`, `(1-w) log p_LLM + w log p_CTC`.
-- `lm_weight`, `prior_weight`, `length_reward` (default 0), `ctc_beam_size` (16), `fusion_interval` (1 frame): of the
-  combined modes, see [`SearchOptions`]. In mode `"llm"` they apply to a language model given as `lm`.
+Decoding options beyond those of transformers are the fields of [`DecodingOptions`]. They are saved in
+`generation_config` and overridable per call; `None` leaves an option to the config.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -26,25 +20,18 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .audio_encoders import lens_to_mask
-from .combination import FUSION_OF_MODE, SearchOptions, pad_hypotheses, search_ctc
+from .combination import DecodingOptions, pad_hypotheses
 from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText
+from .decoder_inputs import DecoderInputs
 from .hypothesis import Hypothesis
 from .label_units import LabelUnits
 from .lm_score import CausalLMScorer
 from .logits_process import CTCPrefixLogitsProcessor
 from .shallow_fusion import ShallowFusionLogitsProcessor
 
-MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
-OPTION_DEFAULTS = {
-    "mode": "llm",
-    "ctc_weight": 0.0,
-    "lm_weight": 0.0,
-    "prior_weight": 0.0,
-    "length_reward": 0.0,
-    "ctc_beam_size": 16,
-    "fusion_interval": 1,
-}
+OPTION_DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
+_FRAMES_PER_CHUNK = 32  # of CTC log-probs over a large vocabulary
 
 
 @dataclass
@@ -93,10 +80,10 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             generation_config: Goes before the model's own, which fills in what this one leaves at `None`.
             logits_processor: Further processors, applied after the joint CTC score.
             lm: A language model to combine with. In the combined modes it takes the place of the model's own; in mode
-                `"llm"` it is added by shallow fusion and must have the same vocabulary.
+                `"llm"` it is added by shallow fusion with `lm_weight`, and must have the same vocabulary.
             tokenizer: That of the language model (the processor's); modes `"rescoring"` and `"delayed_fusion"` need it.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
-            kwargs: Any option of transformers' `generate`, and those listed at the head of this module.
+            kwargs: Any option of transformers' `generate`, and the fields of [`DecodingOptions`].
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
@@ -111,70 +98,100 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         if input_ids is None:
             input_features_mask = attention_mask if input_features_mask is None else input_features_mask
             attention_mask = None
-        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
-        # As in transformers: what the given config leaves open (end of sequence, ctc_weight, ...) is the model's.
-        own = self.generation_config.to_dict()
-        generation_config.update(**own, defaults_only=True, allow_custom_entries=True)
-        options = {name: _pop_option(name, kwargs, generation_config) for name in OPTION_DEFAULTS}
+        generation_config = self._completed(generation_config)
+        options = DecodingOptions(**{name: _pop_option(name, kwargs, generation_config) for name in OPTION_DEFAULTS})
         self._check_options(options, lm)
-        if options["mode"] in FUSION_OF_MODE:
+        n_best = 1
+        if options.searches_labels:
             # transformers allows several results for its own beam search only.
             n_best = kwargs.pop("num_return_sequences", None) or generation_config.num_return_sequences or 1
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
         unknown = set(kwargs) - {"synced_gpus"}  # which Seq2SeqTrainer passes always
-        if options["mode"] != "llm" and unknown:
-            raise ValueError(f"{sorted(unknown)[0]}: mode {options['mode']!r} knows no such argument; leave it out.")
-        if options["mode"] == "ctc_greedy":
-            audio = self.encode(input_features, input_features_mask)
-            sequences = self._ctc_greedy_tokens(audio.ctc_log_probs, audio.encoder_out_lens, generation_config)
-            return _after_prompt(input_ids, sequences)
-        if options["mode"] in FUSION_OF_MODE:
-            audio = self.encode(input_features, input_features_mask)
-            output = self._search_ctc(audio, options, n_best, generation_config, lm, tokenizer)
-            output.sequences = _after_prompt(input_ids, output.sequences)
-            return output if generation_config.return_dict_in_generate else output.sequences
+        if options.mode != "llm" and unknown:
+            raise ValueError(f"{sorted(unknown)[0]}: mode {options.mode!r} knows no such argument; leave it out.")
+        audio = self._hear(input_features, input_features_mask, options)
+        if options.mode == "llm":
+            processors = self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
+            inputs = self.merge_inputs(audio, input_ids, attention_mask)
+            output = self._generate_text(audio, inputs, processors, generation_config, kwargs)
+        elif options.searches_labels:
+            output = self._search_labels(audio, options, n_best, generation_config, lm, tokenizer)
+        else:
+            output = self._ctc_greedy_tokens(audio, generation_config)
+        return _after_prompt(input_ids, output)
 
-        audio = self.get_audio_features(input_features, input_features_mask)
-        inputs_embeds, mask = self.merge_inputs(audio, input_ids, attention_mask)
+    def _completed(self, generation_config: GenerationConfig | None) -> GenerationConfig:
+        """A copy. What the given config leaves open (end of sequence, ctc_weight, ...) is the model's, as usual."""
+        generation_config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        own = self.generation_config.to_dict()
+        generation_config.update(**own, defaults_only=True, allow_custom_entries=True)
+        return generation_config
+
+    def _hear(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None, options: DecodingOptions
+    ) -> ModelOutput:
+        """What the mode needs of the audio; CTC log-probabilities only where all of them are read."""
+        if options.mode == "llm":
+            wants_ctc = options.ctc_weight > 0.0 and options.ctc_top_k is None
+            return self.get_audio_features(input_features, input_features_mask, ctc_log_probs=wants_ctc)
+        wants_ctc = options.searches_labels or options.ctc_top_k is None
+        return self.encode(input_features, input_features_mask, ctc_log_probs=wants_ctc)
+
+    def _processors(
+        self,
+        audio: ModelOutput,
+        options: DecodingOptions,
+        lm: CausalLMScorer | None,
+        others: LogitsProcessorList | None,
+        eos_token_id: int | list[int] | None,
+    ) -> LogitsProcessorList:
         processors = LogitsProcessorList()
-        if options["ctc_weight"] > 0.0:
-            processors.append(self._ctc_processor(audio, options["ctc_weight"], generation_config.eos_token_id))
-        if lm is not None and options["lm_weight"] != 0.0:
-            processors.append(
-                ShallowFusionLogitsProcessor(lm, options["lm_weight"], eos_token_id=generation_config.eos_token_id)
-            )
-        processors.extend(logits_processor or [])
-        if "past_key_values" not in kwargs:
-            kwargs["past_key_values"] = self._prefill_once(inputs_embeds, mask, generation_config)
-        output = self.language_model.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=mask,
-            generation_config=generation_config,
-            logits_processor=processors,
-            **kwargs,
-        )
-        if isinstance(output, torch.Tensor):
-            return _after_prompt(input_ids, output)
-        output.sequences = _after_prompt(input_ids, output.sequences)
-        return output
+        if options.ctc_weight > 0.0:
+            processors.append(self._ctc_processor(audio, options, eos_token_id))
+        if lm is not None:
+            processors.append(ShallowFusionLogitsProcessor(lm, options.lm_weight, eos_token_id=eos_token_id))
+        processors.extend(others or [])
+        return processors
 
-    def _prefill_once(
-        self, inputs_embeds: torch.Tensor, mask: torch.Tensor, generation_config: GenerationConfig
-    ) -> Cache | None:
+    def _generate_text(
+        self,
+        audio: ModelOutput,
+        inputs: DecoderInputs,
+        processors: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor | ModelOutput:
+        """`generate` of the language model, which hears the audio; `arguments` are further ones of that."""
+        with self.listening(audio, inputs):
+            if "past_key_values" not in arguments:
+                arguments["past_key_values"] = self._prefill_once(inputs, generation_config)
+            return self.language_model.generate(
+                inputs_embeds=inputs.inputs_embeds,
+                attention_mask=inputs.mask,
+                generation_config=generation_config,
+                logits_processor=processors,
+                **arguments,
+            )
+
+    def _prefill_once(self, inputs: DecoderInputs, generation_config: GenerationConfig) -> Cache | None:
         """The cache of all input positions `[B, P]` but the last, computed once and repeated for every beam.
 
         transformers would run audio and prompt through the language model once per beam. `None` where there is one
-        beam, or another kind of cache than the dynamic one is asked for.
+        beam, another kind of cache is asked for or needed, or earlier positions attend to the last one.
         """
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         uses_dynamic_cache = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if copies == 1 or inputs_embeds.shape[1] < 2 or not uses_dynamic_cache:
+        if copies == 1 or inputs.mask.shape[1] < 2 or not uses_dynamic_cache:
+            return None
+        if self.config.interface == "bidirectional_prefix" and inputs.is_audio[:, -1].any():
             return None
         cache = DynamicCache(config=self.language_model.config)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in cache.layers):
+            return None  # recurrent states (linear attention) cannot be repeated
+        position_ids = (inputs.mask.cumsum(1) - 1).clamp(min=0)
         self.language_model(
-            inputs_embeds=inputs_embeds[:, :-1],
-            attention_mask=mask[:, :-1],
+            inputs_embeds=inputs.inputs_embeds[:, :-1],
+            attention_mask=inputs.mask[:, :-1],
             position_ids=position_ids[:, :-1],
             past_key_values=cache,
             use_cache=True,
@@ -183,17 +200,17 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         cache.batch_repeat_interleave(copies)
         return cache
 
-    def _check_options(self, options: dict[str, Any], lm: CausalLMScorer | None) -> None:
-        mode, ctc_weight = options["mode"], options["ctc_weight"]
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
-        if not 0.0 <= ctc_weight <= 1.0:
-            raise ValueError(f"ctc_weight must lie between 0 (language model only) and 1 (CTC only), got {ctc_weight}.")
-        for name in ("ctc_beam_size", "fusion_interval"):
-            if options[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {options[name]}.")
+    def _check_options(self, options: DecodingOptions, lm: CausalLMScorer | None) -> None:
+        mode, ctc_weight = options.mode, options.ctc_weight
         if lm is not None and mode in ("ctc_greedy", "ctc_beam"):
             raise ValueError(f"lm: mode {mode!r} uses no language model; choose 'rescoring' or 'delayed_fusion'.")
+        if lm is not None and mode == "llm" and options.lm_weight == 0.0:
+            raise ValueError("lm: in mode 'llm' it has no part with lm_weight=0; give a weight, or leave lm out.")
+        if lm is not None and mode == "llm" and lm.model is self.language_model and self.config.interface != "prefix":
+            raise ValueError(
+                f"lm: with interface={self.config.interface!r} the model's own language model hears while it decodes, "
+                "so it cannot be the one to combine with too; load it a second time."
+            )
         is_joint = mode == "llm" and ctc_weight > 0.0
         if is_joint and self.config.ctc_chain_length is not None:
             return  # the chains say how labels and tokens are related, whatever the labels are
@@ -203,62 +220,65 @@ class SpeechLLMGenerationMixin(GenerationMixin):
                 "(config.ctc_token_ids); this model has none. Use ctc_weight=0 and mode='llm'."
             )
 
-    def _search_ctc(
+    def _search_labels(
         self,
         audio: ModelOutput,
-        options: dict[str, Any],
+        options: DecodingOptions,
         n_best: int,
         generation_config: GenerationConfig,
         lm: CausalLMScorer | None,
         tokenizer: PreTrainedTokenizerBase | None,
-    ) -> SpeechLLMSearchOutput:
+    ) -> torch.Tensor | SpeechLLMSearchOutput:
         """Beam search over CTC labels, combined with `lm` or the model's own language model without its adapters."""
-        config, mode = self.config, options["mode"]
-        search = SearchOptions(
-            n_best=n_best, **{name: value for name, value in options.items() if name != "ctc_weight"}
-        )
-        units = LabelUnits.from_token_ids(
-            torch.tensor(config.ctc_token_ids), config.text_config.vocab_size, config.blank_id
-        )
-        needs_text = search.fusion == "delayed"
-        if tokenizer is None and (needs_text or (lm is None and mode != "ctc_beam")):
-            raise ValueError(f"tokenizer is required for mode {mode!r}: pass tokenizer=processor.tokenizer.")
+        config = self.config
+        needs_lm = lm is None and options.mode != "ctc_beam"
+        if tokenizer is None and (options.needs_text or needs_lm):
+            raise ValueError(f"tokenizer is required for mode {options.mode!r}: pass tokenizer=processor.tokenizer.")
+        token_ids = torch.tensor([*config.ctc_token_ids, -1], device=audio.ctc_log_probs.device)  # U+1, of each label
         with self.plain_language_model():
-            if lm is None and mode != "ctc_beam":
-                lm = CausalLMScorer(self.language_model, tokenizer)
-            nbests = search_ctc(
+            nbests = options.search(
                 audio.ctc_log_probs,
                 audio.encoder_out_lens,
                 config.blank_id,
-                self.ctc_head.log_prior,
-                lm,
-                search,
-                units,
-                _speller(tokenizer, config.ctc_token_ids) if needs_text else None,
+                lm=CausalLMScorer(self.language_model, tokenizer) if needs_lm else lm,
+                log_prior=self.ctc_head.log_prior,
+                label_units=LabelUnits.from_token_ids(token_ids[:-1], config.text_config.vocab_size, config.blank_id),
+                labels_to_text=_speller(tokenizer, config.ctc_token_ids) if options.needs_text else None,
+                n_best=n_best,
             )
-        tokens, scores = pad_hypotheses(
-            nbests, units.label_to_token.to(audio.ctc_log_probs.device), n_best, _pad_token_id(generation_config)
-        )
+        tokens, scores = pad_hypotheses(nbests, token_ids, n_best, _pad_token_id(generation_config))
+        if not generation_config.return_dict_in_generate:
+            return tokens
         return SpeechLLMSearchOutput(sequences=tokens, sequences_scores=scores, hypotheses=nbests)
 
     def _ctc_processor(
-        self, audio: ModelOutput, ctc_weight: float, eos_token_id: int | list[int] | None
+        self, audio: ModelOutput, options: DecodingOptions, eos_token_id: int | list[int] | None
     ) -> CTCPrefixLogitsProcessor:
-        device = self.get_input_embeddings().weight.device
-        scorer = CTCPrefixScorer.from_log_probs(
-            audio.ctc_log_probs.to(device), audio.encoder_out_lens.to(device), self.config.blank_id
-        )
         if eos_token_id is None:
             raise ValueError("eos_token_id is required for joint decoding; set it in generation_config.")
-        return CTCPrefixLogitsProcessor(scorer, ctc_weight, eos_token_id, self.label_units)
+        device, blank_id = self.get_input_embeddings().weight.device, self.config.blank_id
+        lens = audio.encoder_out_lens.to(device)
+        if options.ctc_top_k is None:
+            scorer = CTCPrefixScorer.from_log_probs(audio.ctc_log_probs.to(device), lens, blank_id)
+        else:
+            scorer = CTCPrefixScorer.from_head(
+                lambda start, end: self.ctc_head.log_probs(audio.ctc_features[:, start:end]).to(device),
+                lens,
+                blank_id,
+                top_k=options.ctc_top_k,
+                chunk_frames=_FRAMES_PER_CHUNK,
+            )
+        return CTCPrefixLogitsProcessor(scorer, options.ctc_weight, eos_token_id, self.label_units)
 
-    def _ctc_greedy_tokens(
-        self, ctc_log_probs: torch.Tensor, lens: torch.Tensor, generation_config: GenerationConfig
-    ) -> torch.Tensor:
-        """The most probable CTC path `[B, T, U+1]`, repeats and blanks removed, as token ids `[B, N]`."""
+    def _ctc_greedy_tokens(self, audio: ModelOutput, generation_config: GenerationConfig) -> torch.Tensor:
+        """The most probable CTC path, repeats and blanks removed, as token ids `[B, N]`."""
         blank_id = self.config.blank_id
-        path = ctc_log_probs.argmax(-1)
-        path = path.masked_fill(~lens_to_mask(lens, path.shape[1]), blank_id)
+        if audio.ctc_log_probs is None:
+            chunks = audio.ctc_features.split(_FRAMES_PER_CHUNK, dim=1)
+            path = torch.cat([self.ctc_head.log_probs(chunk).argmax(-1) for chunk in chunks], dim=1)  # B, T
+        else:
+            path = audio.ctc_log_probs.argmax(-1)
+        path = path.masked_fill(~lens_to_mask(audio.encoder_out_lens, path.shape[1]), blank_id)
         repeated = torch.zeros_like(path, dtype=torch.bool)
         repeated[:, 1:] = path[:, 1:] == path[:, :-1]
         keep = (path != blank_id) & ~repeated
@@ -289,9 +309,14 @@ def _pop_option(name: str, kwargs: dict[str, Any], generation_config: Generation
     return OPTION_DEFAULTS[name]
 
 
-def _after_prompt(input_ids: torch.Tensor | None, sequences: torch.Tensor) -> torch.Tensor:
-    """Prompts `[B, P]`, if any, and what was generated `[B*K, N]` to `[B*K, P+N]`."""
+def _after_prompt(input_ids: torch.Tensor | None, output: torch.Tensor | ModelOutput) -> torch.Tensor | ModelOutput:
+    """Puts the prompts `[B, P]`, if any, before what was generated: `[B*K, N]` to `[B*K, P+N]`."""
     if input_ids is None:
-        return sequences
+        return output
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
     prompt = input_ids.repeat_interleave(sequences.shape[0] // input_ids.shape[0], 0).to(sequences.device)
-    return torch.cat([prompt, sequences], dim=1)
+    sequences = torch.cat([prompt, sequences], dim=1)
+    if isinstance(output, torch.Tensor):
+        return sequences
+    output.sequences = sequences
+    return output

@@ -84,6 +84,8 @@ class LabelChains:
 
     def to(self, device: torch.device) -> LabelChains:
         """Returns the same chains on `device`."""
+        if self.chains.device == device:
+            return self
         return LabelChains(self.blank_id, self.num_labels, self.chains.to(device), self.delimiter)
 
     def check_vocab_size(self, vocab_size: int) -> None:
@@ -163,7 +165,7 @@ def build_chains(
     special, silent = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}, set(silent_ids)
     rows: list[list[int] | None] = []
     for index in range(len(tokenizer)):
-        text = _token_text(tokenizer, index)
+        text = token_text(tokenizer, index)
         labels = None if index in special or "\ufffd" in text else spell(text)
         rows.append([] if index in silent else labels if labels is None or len(labels) <= max_length else None)
     longest = max(1, *(len(labels or ()) for labels in rows))
@@ -340,7 +342,7 @@ def _score_pairs(scorer: CTCPrefixScorer, state: CTCPrefixState, row: Tensor, la
     return scorer.score_candidates(state, table)[row, column]
 
 
-def _token_text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
     """Text of one token with its leading space, which the decoders of sentencepiece tokenisers strip."""
     token = tokenizer.convert_ids_to_tokens(index)
     if token.startswith("▁"):

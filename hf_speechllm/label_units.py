@@ -99,6 +99,8 @@ class LabelUnits:
 
     def to(self, device: torch.device) -> LabelUnits:
         """Returns the same correspondence with its tables on `device`."""
+        if self.label_to_token.device == device:
+            return self
         return LabelUnits(self.blank_id, self.label_to_token.to(device), self.token_to_label.to(device))
 
     def tokens_to_labels(self, ids: Tensor) -> Tensor:

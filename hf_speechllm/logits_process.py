@@ -7,33 +7,22 @@ U' labels scored by CTC, C candidate tokens per row, M labels of a token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from .ctc_prefix_score import KEEP_LABEL, LOG_PROB_FLOOR, CTCPrefixScorer, CTCPrefixState
 from .label_chains import SILENT, LabelChains, extend_by_chains, score_chains, score_labels
 from .label_units import LabelUnits
+from .row_tracking import RowTrackingProcessor
 
 # Where tokens are chains of labels: candidates per hypothesis, and how far they may lag behind the best one.
 NUM_CANDIDATES = 32
 MARGIN_NATS = 10.0
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """What one call leaves for the next: the rows it saw and their CTC states."""
-
-    ids: Tensor  # [N, W]
-    prompt_width: int  # columns of `ids` that were there at the first call
-    is_finished: Tensor  # [N] bool, EOS is among the generated tokens
-    state: CTCPrefixState
-
-
-class CTCPrefixLogitsProcessor(LogitsProcessor):
+class CTCPrefixLogitsProcessor(RowTrackingProcessor[CTCPrefixState]):
     """Mixes the CTC prefix score into the next-token scores of any `generate` (greedy, sampling, beam search).
 
     Token c after hypothesis g scores `(1 - weight) * log p_LLM(c) + weight * (psi(g.c) - psi(g))`, where psi is the CTC
@@ -94,15 +83,10 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
     ) -> None:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"weight: expected 0 to 1 (share of the CTC score), got {weight}.")
-        if parents not in ("auto", "recompute"):
-            raise ValueError(f'parents: expected "auto" or "recompute", got {parents!r}.')
         if num_candidates < 1:
             raise ValueError(f"num_candidates: expected at least 1 token per row, got {num_candidates}.")
         if not margin >= 0.0:
             raise ValueError(f"margin: expected 0 or more nats below the best token of a row, got {margin}.")
-        eos_token_ids = torch.as_tensor(eos_token_id, device=scorer.device).reshape(-1)
-        if eos_token_ids.numel() == 0 or eos_token_ids.is_floating_point() or int(eos_token_ids.min()) < 0:
-            raise ValueError(f"eos_token_id: expected one or more token ids, got {eos_token_id}.")
         if label_units is None:
             label_units = LabelUnits.identical(scorer.num_labels, scorer.num_labels, scorer.blank_id)
         if (label_units.num_labels, label_units.blank_id) != (scorer.num_labels, scorer.blank_id):
@@ -110,18 +94,14 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
                 f"label_units: expected {scorer.num_labels} labels with blank {scorer.blank_id} like the scorer, got "
                 f"{label_units.num_labels} with blank {label_units.blank_id}."
             )
+        super().__init__(eos_token_id, parents, scorer.num_utterances, scorer.device)
         self.scorer = scorer
         self.weight = weight
-        self.eos_token_ids = eos_token_ids
-        self._highest_eos = int(eos_token_ids.max())  # kept here: reading it from the device would wait for it
         self.label_units = label_units.to(scorer.device)
         axis = torch.arange(scorer.num_labels, device=scorer.device)
         self._labels = axis[axis != scorer.blank_id]  # [U]
         self.num_candidates = num_candidates
         self.margin = margin
-        self.parents = parents
-        self._step: _Step | None = None
-        self._parent: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the joint scores [N, V].
@@ -137,81 +117,21 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
         if self.weight == 0.0:
             return scores
         self._check_call(input_ids, scores)
-        self._step, self._parent = self._next_step(input_ids), None
-        return self._mix(self._step.state, scores)
+        return self._mix(self._track(input_ids), scores)
 
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Announces the parents of the next call's rows: call it from the model's `_reorder_cache`.
+    def _start(self, num_rows: int) -> CTCPrefixState:
+        return self.scorer.init(num_rows // self.scorer.num_utterances)
 
-        Args:
-            beam_idx: [N] flat row of the previous call that each row of the next one continues.
-        """
-        self._parent = beam_idx.to(self.scorer.device)
-
-    def reset(self) -> None:
-        """Forgets the hypotheses: the next call is the first of a new `generate` on the same audio."""
-        self._step, self._parent = None, None
-
-    def _next_step(self, input_ids: Tensor) -> _Step:
-        last = self._step
-        width = input_ids.shape[1]
-        if last is None or width <= last.prompt_width:
-            return self._first_step(input_ids, width)
-        seen = last.ids.shape[1]
-        if input_ids.shape[0] == last.ids.shape[0]:
-            if width == seen + 1:
-                if self.parents == "recompute":
-                    return self._replay(input_ids, last.prompt_width)
-                parent = self._parent if self._parent is not None else self._match(last.ids, input_ids)
-                if torch.equal(last.ids[parent], input_ids[:, :-1]):
-                    return self._continue(last, parent, input_ids)
-            # Speculative decoding steps back after a rejected draft.
-            elif width <= seen and torch.equal(last.ids[:, : width - 1], input_ids[:, :-1]):
-                return self._replay(input_ids, last.prompt_width)
-        raise ValueError(
-            f"input_ids: expected rows that continue the previous call's {tuple(last.ids.shape)} by one token (prompt "
-            f"of {last.prompt_width}), got {tuple(input_ids.shape)} that do not; for a new generate on the same audio "
-            "call reset() first, for other audio build a new processor."
-        )
-
-    def _first_step(self, input_ids: Tensor, prompt_width: int) -> _Step:
-        num_rows = input_ids.shape[0]
-        state = self.scorer.init(num_rows // self.scorer.num_utterances)
-        is_finished = torch.zeros(num_rows, dtype=torch.bool, device=input_ids.device)
-        return _Step(input_ids.clone(), prompt_width, is_finished, state)
-
-    def _continue(self, last: _Step, parent: Tensor, input_ids: Tensor) -> _Step:
-        """One token more; `parent` [N] are rows of `last`."""
-        token = input_ids[:, -1]
-        is_finished = last.is_finished[parent] | torch.isin(token, self.eos_token_ids)
-        if isinstance(self.label_units, LabelUnits):
-            labels = self.label_units.tokens_to_labels(token)[:, None]
-        else:
-            labels = self.label_units.spell(token, last.state.last_label[parent])  # N, M
-        # After EOS come padding tokens, which may well be labels of their own.
-        labels = labels.masked_fill(is_finished[:, None], KEEP_LABEL)
-        state = extend_by_chains(self.scorer, last.state, parent, labels)
-        return _Step(input_ids.clone(), last.prompt_width, is_finished, state)
-
-    def _replay(self, input_ids: Tensor, prompt_width: int) -> _Step:
-        """The step of `input_ids`, token by token from the empty hypothesis."""
-        step = self._first_step(input_ids[:, :prompt_width], prompt_width)
-        same_row = torch.arange(input_ids.shape[0], device=input_ids.device)
-        for width in range(prompt_width + 1, input_ids.shape[1] + 1):
-            step = self._continue(step, same_row, input_ids[:, :width])
-        return step
-
-    def _match(self, last_ids: Tensor, input_ids: Tensor) -> Tensor:
-        """[N] a row of `last_ids` [N, W-1] in the same utterance that each row of `input_ids` [N, W] continues.
-
-        Equal rows have equal CTC states, so any of them will do; without one, the result is arbitrary.
-        """
-        num_utterances, num_beams = self.scorer.num_utterances, len(last_ids) // self.scorer.num_utterances
-        before = last_ids.view(num_utterances, 1, num_beams, last_ids.shape[1])  # B, 1, K, W-1
-        now = input_ids[:, :-1].reshape(num_utterances, num_beams, 1, last_ids.shape[1])  # B, K, 1, W-1
-        beam = (before == now).all(-1).int().argmax(-1)  # B, K
-        first_row = torch.arange(num_utterances, device=beam.device)[:, None] * beam.shape[1]
-        return (first_row + beam).flatten()
+    def _extend(self, state: CTCPrefixState, parent: Tensor, tokens: Tensor, num_tokens: Tensor) -> CTCPrefixState:
+        for position, token in enumerate(tokens.unbind(1)):
+            if isinstance(self.label_units, LabelUnits):
+                labels = self.label_units.tokens_to_labels(token)[:, None]
+            else:
+                labels = self.label_units.spell(token, state.last_label[parent])  # N, M
+            labels = labels.masked_fill((position >= num_tokens)[:, None], KEEP_LABEL)
+            state = extend_by_chains(self.scorer, state, parent, labels)
+            parent = torch.arange(len(state), device=parent.device)
+        return state
 
     def _mix(self, state: CTCPrefixState, scores: Tensor) -> Tensor:
         psi = state.prefix_log_prob
@@ -294,7 +214,4 @@ class CTCPrefixLogitsProcessor(LogitsProcessor):
             )
         vocab_size = scores.shape[1]
         self.label_units.check_vocab_size(vocab_size)
-        if self._highest_eos >= vocab_size:
-            raise ValueError(
-                f"eos_token_id: expected ids below the vocabulary size {vocab_size}, got {self.eos_token_ids.tolist()}."
-            )
+        self._check_eos(vocab_size)

@@ -129,6 +129,7 @@ def nbest_from_seq2seq(
         model,
         input_features,
         decoder_input_ids=prompt.expand(len(input_features), -1),
+        decoder_start_token_id=int(prompt[0]),  # or another one would be put in front
         do_sample=False,
         num_beams=num_beams,
         num_return_sequences=num_return_sequences,

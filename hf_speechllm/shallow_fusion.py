@@ -7,27 +7,16 @@ Shape legend: N rows (utterances times beams), W width of `input_ids`, M generat
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from .lm_score import CausalLMScorer, LMState
+from .row_tracking import RowTrackingProcessor
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """What one call leaves for the next: the rows it saw and their language-model states."""
-
-    ids: Tensor  # [N, W]
-    prompt_width: int  # columns of `ids` that were there at the first call
-    is_finished: Tensor  # [N] bool, EOS is among the generated tokens
-    states: tuple[LMState, ...]  # of `ShallowFusionLogitsProcessor._scorers`
-
-
-class ShallowFusionLogitsProcessor(LogitsProcessor):
+class ShallowFusionLogitsProcessor(RowTrackingProcessor[tuple[LMState, ...]]):
     """Adds language-model log-probs to the next-token scores of any `generate` (greedy, sampling, beam search).
 
     Token c after hypothesis g scores
@@ -81,8 +70,6 @@ class ShallowFusionLogitsProcessor(LogitsProcessor):
         for name, value in (("weight", weight), ("prior_weight", prior_weight)):
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {value}.")
-        if parents not in ("auto", "recompute"):
-            raise ValueError(f'parents: expected "auto" or "recompute", got {parents!r}.')
         if prior is None and prior_weight != 0.0:
             raise ValueError(f"prior: expected log-probs or a scorer for prior_weight {prior_weight}, got None.")
         if isinstance(prior, Tensor) and not (prior.dim() == 1 and bool(prior.isfinite().all())):
@@ -90,23 +77,16 @@ class ShallowFusionLogitsProcessor(LogitsProcessor):
                 f"prior: expected finite log-probs [V], got shape {tuple(prior.shape)} with "
                 f"{int((~prior.isfinite()).sum())} values that are not finite; smooth the counts it was made of."
             )
-        eos_token_ids = torch.as_tensor(eos_token_id).reshape(-1)
-        if eos_token_ids.numel() == 0 or eos_token_ids.is_floating_point() or int(eos_token_ids.min()) < 0:
-            raise ValueError(f"eos_token_id: expected one or more token ids, got {eos_token_id}.")
+        super().__init__(eos_token_id, parents)
         self.lm = lm
         self.weight = weight
         self.prior = prior
         self.prior_weight = prior_weight
-        self.eos_token_ids = eos_token_ids
-        self._highest_eos = int(eos_token_ids.max())
-        self.parents = parents
         terms: list[tuple[CausalLMScorer, float]] = [(lm, weight)]
         if isinstance(prior, CausalLMScorer):
             terms.append((prior, -prior_weight))
         # A model whose weight is 0 does not run.
         self._scorers = tuple((scorer, scale) for scorer, scale in terms if scale != 0.0)
-        self._step: _Step | None = None
-        self._parent: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Returns the fused scores [N, V].
@@ -121,65 +101,18 @@ class ShallowFusionLogitsProcessor(LogitsProcessor):
         if self.weight == 0.0 and self.prior_weight == 0.0:
             return scores
         self._check_vocabulary(scores.shape[1])
-        self._step, self._parent = self._next_step(input_ids), None
-        return self._fuse(self._step.states, scores)
+        return self._fuse(self._track(input_ids), scores)
 
-    def reorder(self, beam_idx: Tensor) -> None:
-        """Announces the parents of the next call's rows: call it from the model's `_reorder_cache`.
+    def _start(self, num_rows: int) -> tuple[LMState, ...]:
+        return tuple(scorer.start(num_rows) for scorer, _ in self._scorers)
 
-        Args:
-            beam_idx: [N] flat row of the previous call that each row of the next one continues.
-        """
-        self._parent = beam_idx
-
-    def reset(self) -> None:
-        """Forgets the hypotheses: the next call is the first of a new `generate`."""
-        self._step, self._parent = None, None
-
-    def _next_step(self, input_ids: Tensor) -> _Step:
-        last = self._step
-        num_rows, width = input_ids.shape
-        if last is None or width <= last.prompt_width:
-            return self._replay(input_ids, width)
-        seen = last.ids.shape[1]
-        if num_rows == last.ids.shape[0]:
-            if width == seen + 1:
-                if self.parents == "recompute":
-                    return self._replay(input_ids, last.prompt_width)
-                parent = self._parent.to(input_ids.device) if self._parent is not None else _match(last.ids, input_ids)
-                if torch.equal(last.ids[parent], input_ids[:, :-1]):
-                    return self._continue(last, parent, input_ids)
-            # Speculative decoding steps back after a rejected draft.
-            elif width <= seen and torch.equal(last.ids[:, : width - 1], input_ids[:, :-1]):
-                return self._replay(input_ids, last.prompt_width)
-        raise ValueError(
-            f"input_ids: expected rows that continue the previous call's {tuple(last.ids.shape)} by one token (prompt "
-            f"of {last.prompt_width}), got {tuple(input_ids.shape)} that do not; call reset() before a new generate."
+    def _extend(
+        self, state: tuple[LMState, ...], parent: Tensor, tokens: Tensor, num_tokens: Tensor
+    ) -> tuple[LMState, ...]:
+        return tuple(
+            scorer.advance(one, parent, tokens, num_tokens)
+            for (scorer, _), one in zip(self._scorers, state, strict=True)
         )
-
-    def _continue(self, last: _Step, parent: Tensor, input_ids: Tensor) -> _Step:
-        """One token more; `parent` [N] are rows of `last`."""
-        is_finished = last.is_finished[parent] | self._is_eos(input_ids[:, -1])
-        # EOS and the padding after it are no history: nothing follows them.
-        num_tokens = (~is_finished).long()
-        states = tuple(
-            scorer.advance(state, parent, input_ids[:, -1:], num_tokens)
-            for (scorer, _), state in zip(self._scorers, last.states, strict=True)
-        )
-        return _Step(input_ids.clone(), last.prompt_width, is_finished, states)
-
-    def _replay(self, input_ids: Tensor, prompt_width: int) -> _Step:
-        """The step of `input_ids`, from the empty hypothesis."""
-        generated = input_ids[:, prompt_width:]  # N, M
-        eos_so_far = self._is_eos(generated).cumsum(1)
-        num_tokens = (eos_so_far == 0).sum(1)
-        is_finished = num_tokens < generated.shape[1]
-        every_row = torch.arange(len(input_ids))
-        states = tuple(
-            scorer.advance(scorer.start(len(input_ids)), every_row, generated, num_tokens)
-            for scorer, _ in self._scorers
-        )
-        return _Step(input_ids.clone(), prompt_width, is_finished, states)
 
     def _fuse(self, states: tuple[LMState, ...], scores: Tensor) -> Tensor:
         fused = torch.log_softmax(scores.float(), dim=-1)
@@ -194,14 +127,8 @@ class ShallowFusionLogitsProcessor(LogitsProcessor):
         # Forbidden tokens stay so, whatever a language model that excludes them too would make of it.
         return fused.masked_fill(scores == -math.inf, -math.inf).to(scores.dtype)
 
-    def _is_eos(self, tokens: Tensor) -> Tensor:
-        return torch.isin(tokens, self.eos_token_ids.to(tokens.device))
-
     def _check_vocabulary(self, vocab_size: int) -> None:
-        if self._highest_eos >= vocab_size:
-            raise ValueError(
-                f"eos_token_id: expected ids below the vocabulary size {vocab_size}, got {self.eos_token_ids.tolist()}."
-            )
+        self._check_eos(vocab_size)
         for name, scorer in (("lm", self.lm), ("prior", self.prior)):
             if isinstance(scorer, CausalLMScorer) and scorer.vocab_size < vocab_size:
                 raise ValueError(
@@ -210,9 +137,3 @@ class ShallowFusionLogitsProcessor(LogitsProcessor):
                 )
         if isinstance(self.prior, Tensor) and len(self.prior) != vocab_size:
             raise ValueError(f"prior: expected {vocab_size} log-probs, one per token, got {len(self.prior)}.")
-
-
-def _match(last_ids: Tensor, input_ids: Tensor) -> Tensor:
-    """[N] a row of `last_ids` [N, W-1] that each row of `input_ids` [N, W] continues; without one, any."""
-    is_parent = (input_ids[:, None, :-1] == last_ids[None]).all(-1)  # N, N
-    return is_parent.int().argmax(-1)

@@ -13,7 +13,7 @@ from ctc_reference import exact_prob, label_sequence_probs, prefix_prob, textboo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_speechllm import ctc_prefix_score
+from hf_speechllm import ctc_emissions, ctc_prefix_score
 from hf_speechllm.ctc_prefix_score import KEEP_LABEL, CTCPrefixScorer, CTCPrefixState
 
 
@@ -152,7 +152,7 @@ def test_advance_selects_permutes_and_repeats_parents() -> None:
     parent, label = torch.tensor([2, 0, 0, 2, 5, 3, 3, 4]), torch.tensor([1, 1, 2, KEEP_LABEL, 2, 4, 1, 3])
     got = scorer.advance(state, parent, label)
     want = state_of(scorer, [(3, 1), (1, 1), (1, 2), (3,), (2, 2, 2), (1, 2, 4), (1, 2, 1), (4, 3)])
-    for name in ("log_prob_nonblank", "log_prob_blank", "prefix_log_prob", "repeat_log_prob", "last_label"):
+    for name in ("log_prob", "prefix_log_prob", "repeat_log_prob", "last_label"):
         torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=1e-12)
     torch.testing.assert_close(scorer.score(got), scorer.score(want), rtol=0, atol=1e-12)
 
@@ -161,8 +161,7 @@ def test_keep_label_copies_the_state_exactly() -> None:
     scorer = CTCPrefixScorer.from_log_probs(random_log_probs(1, 8, 5), torch.tensor([8]), 0)
     state = state_of(scorer, [(1, 2)])
     kept = scorer.advance(state, torch.tensor([0]), torch.tensor([KEEP_LABEL]))
-    assert torch.equal(kept.log_prob_blank, state.log_prob_blank)
-    assert torch.equal(kept.log_prob_nonblank, state.log_prob_nonblank)
+    assert torch.equal(kept.log_prob, state.log_prob)
     assert torch.equal(kept.prefix_log_prob, state.prefix_log_prob)
     assert torch.equal(kept.repeat_log_prob, state.repeat_log_prob)
     assert kept.last_label.tolist() == [2]
@@ -185,6 +184,43 @@ def test_candidates_equal_full_scores(num_candidates: int) -> None:
     torch.testing.assert_close(scorer.score_candidates(state, labels), want, rtol=0, atol=1e-12)
     labels[:, -1:] = torch.tensor([[29], [-1], [29], [-1]])
     assert (scorer.score_candidates(state, labels)[:, -1:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("all_per_label", [0, 9, 99])  # as asked for; all of them for candidates; at once
+def test_fetched_labels_equal_full_scores(all_per_label: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", all_per_label)
+    log_probs, lengths = random_log_probs(3, 9, 60, seed=8), torch.tensor([9, 9, 5])
+    log_probs[0, :, 11] = -math.inf
+    log_probs[2, 5:] = math.nan
+    log_probs = log_probs[:, :, :50]  # not contiguous
+    scorer = CTCPrefixScorer.from_log_probs(log_probs, lengths, 7)
+    other = CTCPrefixScorer.from_log_probs(log_probs, lengths, 7)
+    state = scorer.advance(scorer.init(2), torch.arange(6), torch.tensor([49, 8, 8, 9, 0, 1]))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        candidates = torch.randint(-1, 50, (6, 3), generator=generator)
+        candidates[:, 0] = state.last_label
+        candidates[1, 1] = 7  # the blank
+        with torch.inference_mode(step % 2 == 0):  # rows fetched in one mode serve the other
+            got = scorer.score_candidates(state, candidates)
+        want = other.score(state).gather(1, candidates.clamp(min=0)).masked_fill(candidates < 0, -math.inf)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        label = torch.randint(8, 50, (6,), generator=generator)
+        label[3] = max(int(state.last_label[3]), 8)  # a repeated label
+        state = scorer.advance(state, torch.arange(6), label)
+
+
+def test_labels_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", 0)
+    scorer = CTCPrefixScorer.from_log_probs(random_log_probs(2, 9, 500), torch.tensor([9, 9]), 0)
+    emissions = scorer._emissions
+    first = emissions.rows(torch.tensor([[5, 5, 6], [5, 8, -1]]))
+    assert len({*first.flatten().tolist()} - {ctc_emissions.NO_ROW}) == 4  # 5 and 6, 5 and 8
+    assert first[0, 0] == first[0, 1] != first[1, 0]
+    table = emissions._table
+    again = emissions.rows(torch.tensor([[6, 0, 5], [8, 5, 5]]))
+    assert again.tolist() == [[first[0, 2], 0, first[0, 0]], [first[1, 1], first[1, 0], first[1, 0]]]
+    assert emissions._table is table
 
 
 @pytest.mark.parametrize("num_candidates", [1, 12])
@@ -233,6 +269,13 @@ class RecordingHead:
         return self.log_probs[:, start:end].clone()
 
 
+def contents_of(scorer: CTCPrefixScorer) -> dict:
+    """All that a scorer and its emissions hold."""
+    contents = {**vars(scorer), **vars(scorer._emissions)}
+    del contents["_emissions"]
+    return contents
+
+
 @pytest.mark.parametrize("chunk_frames", [1, 4, 7, 50])
 @pytest.mark.parametrize("lengths", [[10, 6], [3, 10], [0, 9], [0, 0]])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -243,8 +286,8 @@ def test_head_in_chunks_makes_the_same_scorer(chunk_frames: int, lengths: list[i
     head = RecordingHead(log_probs)
     got = CTCPrefixScorer.from_head(head, torch.tensor(lengths), 3, top_k=5, chunk_frames=chunk_frames)
     want = CTCPrefixScorer.from_log_probs(log_probs, torch.tensor(lengths), 3, top_k=5)
-    for name, value in vars(want).items():
-        other = getattr(got, name)
+    for name, value in contents_of(want).items():
+        other = contents_of(got)[name]
         if isinstance(value, torch.Tensor):
             assert other.dtype == value.dtype, name
             torch.testing.assert_close(other, value, rtol=0, atol=0, equal_nan=True)
@@ -254,18 +297,20 @@ def test_head_in_chunks_makes_the_same_scorer(chunk_frames: int, lengths: list[i
 
 
 def test_head_in_chunks_never_sees_all_frames_and_labels() -> None:
-    num_labels, kept = 2000, []
+    num_labels = 2000
     log_probs = random_log_probs(2, 64, num_labels, seed=1).float()
     head = RecordingHead(log_probs)
     scorer = CTCPrefixScorer.from_head(head, torch.tensor([64, 50]), 0, top_k=16, chunk_frames=8)
     assert head.calls == [(start, start + 8) for start in range(0, 64, 8)] * 2  # two passes
     state = scorer.advance(scorer.init(2), torch.arange(4), scorer.labels[:, :2].flatten())
     scorer.score(state)
-    for value in vars(scorer).values():
-        if isinstance(value, torch.Tensor):
-            kept.append(value.untyped_storage().nbytes())  # the storage: a view of a chunk would keep it alive
-    # The column map [B, 1 + A], log-probs and probabilities [B, T, 17], blanks, their sums, padding, labels [B, 16].
-    assert sum(kept) == 2 * (num_labels + 1) * 8 + 2 * 64 * (17 * 4 * 2 + 8 + 8 + 1) + 2 * 8 + 2 * 16 * 8
+    # The storages: a view of a chunk would keep it alive.
+    storages = [v.untyped_storage() for v in contents_of(scorer).values() if isinstance(v, torch.Tensor)]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
+    # Rows of labels [B, A + 1], log-probs and probabilities [B, T, 16] and [T], blanks, their sums, padding, labels
+    # [B, 16], numbers of the utterances.
+    num_values = 2 * 64 * 16
+    assert sum(kept) == 2 * 2001 * 8 + 2 * 4 * num_values + 4 * 64 + 2 * (64 * (8 + 1) + 65 * 8) + 2 * 16 * 8 + 2 * 8
     assert sum(kept) < log_probs.nbytes / 15
 
 
@@ -410,17 +455,17 @@ def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_frames", [1, 2, 7, 64, 100])
 def test_both_scans_equal_a_loop(num_frames: int) -> None:
-    inflow, emission = random_log_probs(1, 3, num_frames, seed=1), random_log_probs(1, 3, num_frames, seed=2)
-    inflow[0, 0] = -math.inf
+    arrival, emission = random_log_probs(1, 3, num_frames, seed=1), random_log_probs(1, 3, num_frames, seed=2)
+    arrival[0, 0] = -math.inf
     level = torch.full((1, 3), -math.inf, dtype=torch.float64)
-    want = [level]
+    want = []
     for t in range(num_frames):
-        level = torch.logaddexp(level, inflow[:, :, t]) + emission[:, :, t]
+        level = torch.logaddexp(level + emission[:, :, t], arrival[:, :, t])
         want.append(level)
     want = torch.stack(want, 2)
-    got = ctc_prefix_score._scan(inflow, emission, emission.cumsum(2))
+    got = ctc_prefix_score._scan(arrival, emission, emission.cumsum(2))
     torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
-    single = ctc_prefix_score._scan(inflow.float(), emission.float(), emission.float().cumsum(2))
+    single = ctc_prefix_score._scan(arrival.float(), emission.float(), emission.float().cumsum(2))
     torch.testing.assert_close(single, want.float(), rtol=1e-5, atol=1e-4)
 
 

@@ -41,7 +41,7 @@ def with_ctc_posterior(monkeypatch, model, sequences: list[list[int]], confidenc
     original = model.encode
 
     def encode(*args, **kwargs) -> SpeechLLMAudioOutput:
-        audio = original(*args, **kwargs)
+        audio = original(*args, **(kwargs | {"ctc_log_probs": True}))
         probs = torch.full_like(audio.ctc_log_probs, (1 - confidence) / (audio.ctc_log_probs.shape[-1] - 1))
         for row, labels in enumerate(sequences):
             path = [label for label in labels for label in (label, label, model.config.blank_id)]
@@ -57,10 +57,14 @@ def with_ctc_posterior(monkeypatch, model, sequences: list[list[int]], confidenc
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_without_ctc_it_is_the_language_model_on_the_same_embeddings(model, inputs, options):
     audio = model.get_audio_features(**inputs)
-    inputs_embeds, mask = model.merge_inputs(audio, None)
+    prompt = model.merge_inputs(audio, None)
     options = {**options, "return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 7}
     expected = model.language_model.generate(
-        inputs_embeds=inputs_embeds, attention_mask=mask, eos_token_id=EOS, pad_token_id=PAD, **options
+        inputs_embeds=prompt.inputs_embeds,
+        attention_mask=prompt.mask,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **options,
     )
     got = model.generate(**inputs, **options, ctc_weight=0.0)
     assert torch.equal(got.sequences, expected.sequences)
@@ -215,6 +219,52 @@ def test_the_audio_is_encoded_once_and_not_for_each_beam(model, inputs, search, 
     model.audio_tower.conv1.register_forward_hook(lambda *call: batch_sizes.append(call[2].shape[0]))
     model.generate(**inputs, **options)
     assert batch_sizes == [3]
+
+
+@pytest.fixture
+def head_frames(monkeypatch, model) -> list[int]:
+    """Frames of each call of the CTC head, at most 3 of which may be asked for at once."""
+    monkeypatch.setattr(generation_speechllm, "_FRAMES_PER_CHUNK", 3)
+    calls, log_probs = [], model.ctc_head.log_probs
+    monkeypatch.setattr(model.ctc_head, "log_probs", lambda x: calls.append(x.shape[1]) or log_probs(x))
+    return calls
+
+
+@pytest.mark.parametrize("options", [{"ctc_weight": 0.4}, SEARCHES["joint beam"], {"mode": "ctc_greedy"}])
+@pytest.mark.parametrize("ctc_top_k", [len(ctc_token_ids()), 10**6])
+def test_as_many_labels_as_there_are_decode_as_all_of_them(model, inputs, head_frames, options, ctc_top_k):
+    options = {**options, "return_dict_in_generate": True, "output_scores": True}
+    if "mode" in options:
+        options = {"mode": "ctc_greedy"}
+    want = model.generate(**inputs, **options)
+    assert max(head_frames) > 3
+    head_frames.clear()
+    got = model.generate(**inputs, **options, ctc_top_k=ctc_top_k)
+    assert max(head_frames) == 3  # [B, T, U+1] never exists
+    if "mode" in options:
+        assert torch.equal(got, want)
+        return
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(got.scores, want.scores, rtol=0, atol=1e-4)
+
+
+def test_few_labels_are_those_with_the_highest_peaks(model, inputs):
+    log_probs = model.encode(**inputs).ctc_log_probs
+    lens = model.encode(**inputs).encoder_out_lens
+    peaks = [row[:n, :-1].amax(0) for row, n in zip(log_probs, lens, strict=True)]
+    allowed = [{model.config.ctc_token_ids[label] for label in peak.topk(4).indices} for peak in peaks]
+    options = {"ctc_weight": 0.4, "max_new_tokens": 8, "suppress_tokens": [EOS]}
+    got = model.generate(**inputs, ctc_top_k=4, **options)[:2]  # the third utterance has no room for eight tokens
+    free = model.generate(**inputs, **options)[:2]
+    for row, tokens in enumerate(allowed[:2]):
+        assert len(tokens_of(got[row])) == 8
+        assert set(tokens_of(got[row])) <= tokens
+    assert not all(set(tokens_of(free[row])) <= allowed[row] for row in range(2))
+
+
+def test_without_ctc_its_head_does_not_run(model, inputs, head_frames):
+    model.generate(**inputs)
+    assert head_frames == []
 
 
 class Weights(list):

@@ -1,5 +1,7 @@
 """Modes of `generate` that combine the CTC head with the plain language model, all from one checkpoint."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -7,8 +9,8 @@ from tiny_models import loud_model, noise, tiny_model, tiny_processor, tiny_toke
 from transformers import GenerationConfig
 
 from hf_speechllm import SpeechLLMForConditionalGeneration
+from hf_speechllm.combination import MODES
 from hf_speechllm.ctc_beam_search import ctc_beam_search
-from hf_speechllm.generation_speechllm import MODES
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.rescoring import rescore_nbest
 
@@ -112,7 +114,8 @@ def test_shallow_fusion_of_another_language_model_in_joint_decoding(model, input
     other = CausalLMScorer(loud_model(seed=5).language_model, tokenizer)
     options = {"ctc_weight": 0.3, "num_beams": 3, "length_penalty": 0.0, "early_stopping": "never", "max_new_tokens": 8}
     plain = model.generate(**inputs, **options)
-    assert torch.equal(model.generate(**inputs, lm=other, lm_weight=0.0, **options), plain)
+    nearly_plain = model.generate(**inputs, lm=other, lm_weight=1e-9, **options)
+    assert torch.equal(nearly_plain, plain)
     fused = model.generate(**inputs, lm=other, lm_weight=3.0, **options)
     assert fused.shape != plain.shape or not torch.equal(fused, plain)
 
@@ -156,12 +159,17 @@ def test_the_tokenizer_is_asked_for(model, inputs, mode):
 def test_wrong_options_are_named(model, inputs, tokenizer):
     with pytest.raises(ValueError, match=r"mode must be one of .*'delayed_fusion'.*, got 'beam'"):
         model.generate(**inputs, mode="beam")
-    for name in ("ctc_beam_size", "fusion_interval"):
+    for name in ("ctc_top_k", "ctc_beam_size", "fusion_interval"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             model.generate(**inputs, mode="ctc_beam", **{name: 0})
     lm = CausalLMScorer(model.language_model, tokenizer)
     with pytest.raises(ValueError, match="lm: mode 'ctc_beam' uses no language model"):
         model.generate(**inputs, mode="ctc_beam", lm=lm)
+    with pytest.raises(ValueError, match="lm: in mode 'llm' it has no part with lm_weight=0; give a weight"):
+        model.generate(**inputs, lm=CausalLMScorer(loud_model().language_model, tokenizer), ctc_weight=0.3)
+    for name in ("lm_weight", "prior_weight", "length_reward"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, got nan"):
+            model.generate(**inputs, mode="ctc_beam", **{name: math.nan})
     for mode in ("ctc_greedy", "ctc_beam"):
         with pytest.raises(ValueError, match=f"fusion: mode '{mode}' knows no such argument; leave it out"):
             model.generate(**inputs, mode=mode, fusion="delayed")

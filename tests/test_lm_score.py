@@ -56,6 +56,7 @@ LM_CONFIGS = {
         "max_position_embeddings": 64,
     },
     "bloom-alibi": {"model_type": "bloom", "hidden_size": 24, "n_layer": 2, "n_head": 2},
+    "mpt-alibi": {"model_type": "mpt", "d_model": 24, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
 }
 
 
@@ -231,11 +232,12 @@ def test_score_equals_uncached_recomputation(name: str, include_eos: bool, promp
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), atol=1e-4, rtol=0)
 
 
-def test_score_in_chunks_is_the_same(llama, monkeypatch) -> None:
+@pytest.mark.parametrize("logits_per_chunk", [2 * 4 * VOCAB_SIZE, 1])  # two rows, then one; and one row at a time
+def test_score_in_chunks_is_the_same(llama, monkeypatch, logits_per_chunk: int) -> None:
     scorer = CausalLMScorer(llama, TOKENIZER)
     sequences = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     whole = scorer.score(sequences)
-    monkeypatch.setattr("hf_speechllm.lm_score._LOGITS_PER_CHUNK", 2 * 4 * VOCAB_SIZE)  # two rows, then one
+    monkeypatch.setattr("hf_speechllm.lm_score._LOGITS_PER_CHUNK", logits_per_chunk)
     torch.testing.assert_close(scorer.score(sequences), whole, atol=1e-6, rtol=0)
 
 
@@ -280,6 +282,14 @@ def test_start_token_is_bos_else_that_of_the_config_else_eos(llama) -> None:
         CausalLMScorer(tiny_lm("llama", eos_token_id=None), without_eos)
 
 
+def test_the_end_is_the_tokenizers_else_that_of_the_config(llama) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(5)
+    assert CausalLMScorer(llama, tokenizer).eos_token_id == 5
+    tokenizer.eos_token = None
+    assert CausalLMScorer(llama, tokenizer).eos_token_id == EOS
+
+
 def test_unsuitable_models_are_refused(llama) -> None:
     with pytest.raises(TypeError, match="expected a PreTrainedModel, got Linear"):
         CausalLMScorer(torch.nn.Linear(2, 2), TOKENIZER)
@@ -321,6 +331,7 @@ def test_bad_arguments_are_named(llama) -> None:
         (row - 1, token, one, "parent: expected rows 0 to 1"),
         (row, token, one + 1, "num_tokens: expected 0 to 1, got .2."),
         (row, token, one - 2, "num_tokens: expected 0 to 1"),
+        (row, torch.full_like(token, VOCAB_SIZE), one, f"tokens: expected ids 0 to {VOCAB_SIZE - 1}"),
         (row, token + VOCAB_SIZE, one, f"tokens: expected ids 0 to {VOCAB_SIZE - 1} .* got .{VOCAB_SIZE + 5}."),
     ):
         with pytest.raises(ValueError, match=message):
@@ -337,6 +348,18 @@ def test_histories_beyond_the_positions_are_refused() -> None:
     assert len(extend(scorer, state, [1], [[5] * 4])) == 1
     with pytest.raises(ValueError, match="at most 6 tokens"):
         scorer.score([[5] * 6])
+
+
+def test_padding_needs_no_positions_of_its_own() -> None:
+    model = tiny_lm("gpt2", n_positions=6)
+    scorer = CausalLMScorer(model, TOKENIZER)
+    state = extend(scorer, scorer.start(2), [0, 1], [[5] * 4, [6]])
+    state = extend(
+        scorer, state, [0, 1], [[7], [8] * 3]
+    )  # the first row has room for one token, but is padded to three
+    for i, ids in enumerate(([5] * 4 + [7], [6] + [8] * 3)):
+        expected = uncached_log_probs(model, [BOS, *ids])[-1]
+        torch.testing.assert_close(state.next_log_probs[i], expected, atol=1e-5, rtol=0)
 
 
 def test_memory_is_not_shared_between_rows_of_the_start(llama) -> None:

@@ -3,180 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from ctc_reference import textbook_prefix_log_prob
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessorList,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
+from joint_search_reference import (
+    BEAM,
+    BLANK,
+    EOS,
+    MODELS,
+    NUM_LABELS,
+    PAD,
+    SUBSET,
+    VOCAB_SIZE,
+    HookedGPT2,
+    Joint,
+    cut,
+    llm_of,
+    prompt_inputs,
+    random_log_probs,
+    references,
+    run,
+    tiny_gpt2,
+    tiny_llama,
+    two_utterance_processor,
+    two_utterances,
 )
+from transformers import LogitsProcessorList, T5Config, T5ForConditionalGeneration
 
 from hf_speechllm.ctc_prefix_score import CTCPrefixScorer
 from hf_speechllm.label_chains import LabelChains
 from hf_speechllm.label_units import LabelUnits
 from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
-
-VOCAB_SIZE = 14
-NUM_LABELS = 10  # tokens 0 to 8 and the blank 9; tokens 9 to 13 have no label
-BLANK = 9
-EOS = 12
-PAD = 3  # a label on purpose: padding after EOS must not count as speech
-SUBSET = torch.tensor([11, 2, 7, 0, 5, 13, 4, 8, 1])  # a LabelUnits subset with the blank first
-BEAM = {"do_sample": False, "length_penalty": 0.0, "early_stopping": "never"}
-
-
-class HookedGPT2(GPT2LMHeadModel):
-    """A model that tells the processor which beams survived."""
-
-    ctc_processor: CTCPrefixLogitsProcessor | None = None
-    num_reorders = 0
-
-    def _reorder_cache(self, past_key_values, beam_idx):
-        past_key_values.reorder_cache(beam_idx)
-        self.ctc_processor.reorder(beam_idx)
-        self.num_reorders += 1
-        return past_key_values
-
-
-def tiny_gpt2(cls: type[PreTrainedModel] = GPT2LMHeadModel) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2, initializer_range=0.4, bos_token_id=None,
-        eos_token_id=EOS, pad_token_id=PAD, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
-    return cls(config).eval()
-
-
-def tiny_llama() -> PreTrainedModel:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.4, bos_token_id=None, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
-
-
-def random_log_probs(*shape: int, seed: int = 0, peak: float = 2.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * peak).log_softmax(-1)
-
-
-@dataclass
-class Joint:
-    """The joint score of one utterance, from its definition: a new LLM pass and a new CTC recursion per hypothesis."""
-
-    llm_logits: Callable[[tuple[int, ...]], torch.Tensor]  # generated tokens -> [V]
-    log_probs: torch.Tensor  # [T, A]
-    weight: float
-    blank_id: int = BLANK
-    labels: tuple[int, ...] | None = None  # token of each position of the label axis; None: the same ids
-    eos: tuple[int, ...] = (EOS,)
-
-    def step_scores(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        """[V] scores of the tokens that may follow `tokens`."""
-        axis = self.labels or tuple(range(self.log_probs.shape[1]))
-        label_of = {token: label for label, token in enumerate(axis) if label != self.blank_id}
-        llm = self.llm_logits(tokens).double().log_softmax(-1)
-        prefix = tuple(label_of[token] for token in tokens)
-        psi, exact = textbook_prefix_log_prob(self.log_probs, self.blank_id, prefix)
-        scores = torch.full_like(llm, -math.inf)
-        for token, label in label_of.items():
-            gain = textbook_prefix_log_prob(self.log_probs, self.blank_id, (*prefix, label))[0] - psi
-            scores[token] = (1 - self.weight) * llm[token] + self.weight * gain
-        for token in self.eos:
-            scores[token] = (1 - self.weight) * llm[token] + self.weight * (exact - psi)
-        return scores
-
-    def greedy(self, max_new_tokens: int) -> tuple[int, ...]:
-        tokens: tuple[int, ...] = ()
-        while len(tokens) < max_new_tokens and not set(tokens) & set(self.eos):
-            tokens += (int(self.step_scores(tokens).argmax()),)
-        return tokens
-
-    def beam_search(self, num_beams: int, max_new_tokens: int) -> list[tuple[float, tuple[int, ...]]]:
-        """The num_beams best (score, tokens), by transformers' rules without length penalty and early stopping."""
-        running, finished = [(0.0, ())], []
-        for length in range(1, max_new_tokens + 1):
-            candidates = []
-            for score, tokens in running:
-                step = self.step_scores(tokens)
-                candidates += [(score + float(step[c]), (*tokens, c)) for c in range(len(step)) if step[c] > -math.inf]
-            candidates = sorted(candidates, reverse=True)[: (1 + len(self.eos)) * num_beams]
-            has_ended = [tokens[-1] in self.eos or length == max_new_tokens for _, tokens in candidates]
-            finished += [c for c, ended in zip(candidates[:num_beams], has_ended, strict=False) if ended]
-            running = [c for c, ended in zip(candidates, has_ended, strict=True) if not ended][:num_beams]
-        return sorted(finished, reverse=True)[:num_beams]
-
-
-def llm_of(model: PreTrainedModel, prompt: torch.Tensor) -> Callable[[tuple[int, ...]], torch.Tensor]:
-    """LLM logits after a prompt of token ids [W] or embeddings [W, H]."""
-
-    @torch.no_grad()
-    def logits(tokens: tuple[int, ...]) -> torch.Tensor:
-        embed = model.get_input_embeddings()
-        before = prompt if prompt.is_floating_point() else embed(prompt)
-        rows = torch.cat((before, embed(torch.tensor(tokens, dtype=torch.long))))
-        return model(inputs_embeds=rows[None]).logits[0, -1]
-
-    return logits
-
-
-def prompt_inputs(model: PreTrainedModel, kind: str, num_utterances: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    if kind == "input_ids":
-        ids = torch.randint(0, VOCAB_SIZE - 2, (num_utterances, 4), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    embeds = torch.randn(num_utterances, 4, 16, generator=generator)
-    return {"inputs_embeds": embeds, "attention_mask": torch.ones(num_utterances, 4, dtype=torch.long)}
-
-
-def run(model: PreTrainedModel, processor: CTCPrefixLogitsProcessor | None, inputs: dict, **options):
-    """generate with scores; `.new_tokens` are the rows without prompt, cut after EOS."""
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD} | options
-    processors = LogitsProcessorList([] if processor is None else [processor])
-    out = model.generate(
-        **inputs, logits_processor=processors, return_dict_in_generate=True, output_scores=True, **options
-    )
-    prompt_width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    out.new_tokens = [cut(row) for row in out.sequences[:, prompt_width:].tolist()]
-    return out
-
-
-def cut(row: list[int], eos: tuple[int, ...] = (EOS,)) -> tuple[int, ...]:
-    ends = [position for position, token in enumerate(row) if token in eos]
-    return tuple(row[: ends[0] + 1] if ends else row)
-
-
-LENGTHS = torch.tensor([6, 4])
-
-
-def two_utterances(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    return random_log_probs(2, 6, NUM_LABELS, seed=11).to(dtype), LENGTHS
-
-
-def two_utterance_processor(weight: float = 0.4, **options) -> CTCPrefixLogitsProcessor:
-    return CTCPrefixLogitsProcessor(CTCPrefixScorer.from_log_probs(*two_utterances(), BLANK), weight, EOS, **options)
-
-
-def references(model: PreTrainedModel, inputs: dict, weight: float = 0.4) -> list[Joint]:
-    log_probs, lengths = two_utterances()
-    prompts = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    rows = zip(prompts, log_probs, lengths, strict=True)
-    return [Joint(llm_of(model, prompt), frames[:length], weight) for prompt, frames, length in rows]
 
 
 @pytest.mark.parametrize("kind", ["input_ids", "inputs_embeds"])
@@ -310,6 +169,16 @@ def test_finished_rows_ignore_what_follows_eos() -> None:
     out = processor(input_ids, scores)
     assert torch.equal(out[1], at_end)
     assert not out.isnan().any()
+
+
+def test_finished_rows_stay_so_after_a_step_back() -> None:
+    tokens = torch.tensor([[2, EOS, PAD, PAD, PAD], [2, 4, 6, 1, 0]])
+    scores = torch.zeros(2, VOCAB_SIZE)
+    straight, stepping = two_utterance_processor(), two_utterance_processor()
+    want = [straight(tokens[:, :width], scores) for width in range(6)]
+    for width in (0, 1, 2, 3, 4, 3, 4, 5):
+        got = stepping(tokens[:, :width], scores)
+        torch.testing.assert_close(got, want[width], rtol=0, atol=1e-12)
 
 
 def test_ambiguous_llm_is_decided_by_ctc() -> None:
@@ -499,190 +368,6 @@ def test_any_beam_history_equals_recomputing(seed: int, num_beams: int, weight: 
         parent = torch.randint(0, num_beams, (2, num_beams), generator=generator) + torch.tensor([[0], [num_beams]])
         token = torch.randint(0, VOCAB_SIZE, (2 * num_beams, 1), generator=generator)  # EOS and label-free ones too
         input_ids = torch.cat((input_ids[parent.flatten()], token), 1)
-
-
-# Tokens that are chains of labels. Labels 0 to 2 are letters, 3 is the delimiter and 4 the blank.
-
-SPELLING = {
-    0: (0,), 1: (3, 0), 2: (3, 0, 1), 3: (1, 2), 4: (3, 0, 1), 5: (), 6: (2, 2), 7: (3,), 8: (3, 1, 2, 0), 9: (2,),
-    11: (),
-}  # fmt: skip
-
-
-def chain_units() -> LabelChains:
-    table = torch.full((VOCAB_SIZE, 4), -2, dtype=torch.int32)
-    for token, labels in SPELLING.items():
-        table[token] = torch.tensor([*labels, *[-1] * (4 - len(labels))])
-    return LabelChains(4, 5, table, delimiter=3)
-
-
-def chain_log_probs() -> torch.Tensor:
-    return random_log_probs(2, 9, 5, seed=21)
-
-
-def chain_processor(weight: float = 0.4, **options) -> CTCPrefixLogitsProcessor:
-    scorer = CTCPrefixScorer.from_log_probs(chain_log_probs(), torch.tensor([9, 7]), 4)
-    options = {"num_candidates": VOCAB_SIZE, "margin": math.inf} | options
-    return CTCPrefixLogitsProcessor(scorer, weight, EOS, chain_units(), **options)
-
-
-@dataclass
-class JointOfChains(Joint):
-    """The joint score where tokens are spelled by `SPELLING`."""
-
-    def labels_of(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        labels: tuple[int, ...] = ()
-        for token in tokens:
-            chain = SPELLING[token]
-            # No delimiter at the start, nor after another.
-            labels += chain[1:] if chain[:1] == (3,) and labels[-1:] in ((), (3,)) else chain
-        return labels
-
-    def step_scores(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        llm = self.llm_logits(tokens).double().log_softmax(-1)
-        prefix = self.labels_of(tokens)
-        psi, exact = textbook_prefix_log_prob(self.log_probs, self.blank_id, prefix)
-        scores = torch.full_like(llm, -math.inf)
-        for token in SPELLING:
-            labels = self.labels_of((*tokens, token))
-            if labels == prefix:
-                scores[token] = llm[token]
-            else:
-                gain = textbook_prefix_log_prob(self.log_probs, self.blank_id, labels)[0] - psi
-                scores[token] = (1 - self.weight) * llm[token] + self.weight * gain
-        scores[EOS] = (1 - self.weight) * llm[EOS] + self.weight * (exact - psi)
-        return scores
-
-
-def chain_references(model: PreTrainedModel, inputs: dict, weight: float = 0.4) -> list[JointOfChains]:
-    rows = zip(inputs["input_ids"], chain_log_probs(), (9, 7), strict=True)
-    return [JointOfChains(llm_of(model, prompt), frames[:n], weight, blank_id=4) for prompt, frames, n in rows]
-
-
-def test_chains_greedy_and_beam_search_equal_reference() -> None:
-    model = tiny_gpt2()
-    inputs = prompt_inputs(model, "input_ids", 2)
-    joints = chain_references(model, inputs)
-    assert run(model, chain_processor(), inputs).new_tokens == [joint.greedy(6) for joint in joints]
-    out = run(model, chain_processor(), inputs, num_beams=3, num_return_sequences=3, max_new_tokens=4, **BEAM)
-    want = [hypothesis for joint in joints for hypothesis in joint.beam_search(3, 4)]
-    assert out.new_tokens == [tokens for _, tokens in want]
-    assert out.sequences_scores.tolist() == pytest.approx([score for score, _ in want], abs=1e-4)
-    assert {len(SPELLING[token]) for tokens in out.new_tokens for token in tokens if token != EOS} > {1, 2}
-
-
-def test_chains_sampling_scores_equal_reference() -> None:
-    model = tiny_gpt2()
-    inputs = prompt_inputs(model, "input_ids", 2)
-    torch.manual_seed(0)
-    out = run(model, chain_processor(0.1), inputs, do_sample=True, top_k=0, num_return_sequences=4)
-    joints = chain_references(model, inputs, 0.1)
-    assert any({5, 11} & {*tokens} for tokens in out.new_tokens)  # silent tokens
-    for row, tokens in enumerate(out.new_tokens):
-        for step in range(len(tokens)):
-            want = joints[row // 4].step_scores(tokens[:step])
-            torch.testing.assert_close(out.scores[step][row].double(), want, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_chains_hook_matching_recomputing_and_single_agree(num_beams: int) -> None:
-    model, hooked = tiny_gpt2(), tiny_gpt2(HookedGPT2)
-    inputs = prompt_inputs(model, "input_ids", 2)
-    options = {"num_beams": num_beams, "num_return_sequences": num_beams} | (BEAM if num_beams > 1 else {})
-    pruned = {"num_candidates": 4, "margin": 5.0}
-    matching = run(model, chain_processor(**pruned), inputs, **options)
-    recompute = run(model, chain_processor(**pruned, parents="recompute"), inputs, **options)
-    hooked.ctc_processor = chain_processor(**pruned)
-    hook = run(hooked, hooked.ctc_processor, inputs, **options)
-    assert recompute.new_tokens == hook.new_tokens == matching.new_tokens
-    for row in range(2):
-        scorer = CTCPrefixScorer.from_log_probs(chain_log_probs()[row : row + 1], torch.tensor([9 - 2 * row]), 4)
-        one = {name: value[row : row + 1] for name, value in inputs.items()}
-        alone = run(model, CTCPrefixLogitsProcessor(scorer, 0.4, EOS, chain_units(), **pruned), one, **options)
-        assert alone.new_tokens == matching.new_tokens[row * num_beams :][:num_beams]
-
-
-@pytest.mark.parametrize("weight", [0.4, 1.0])
-@pytest.mark.parametrize("top_k", [None, 5])
-def test_chains_of_one_label_equal_label_units(weight: float, top_k: int | None) -> None:
-    log_probs, lengths = two_utterances()
-    units = LabelUnits.from_token_ids(SUBSET, VOCAB_SIZE, blank_id=BLANK)
-    table = units.token_to_label[:, None].masked_fill(units.token_to_label[:, None] < 0, -2)
-    chains = LabelChains(BLANK, NUM_LABELS, table)
-    scorer = CTCPrefixScorer.from_log_probs(log_probs, lengths, BLANK, top_k=top_k)
-    single = CTCPrefixLogitsProcessor(scorer, weight, EOS, units)
-    joint = CTCPrefixLogitsProcessor(scorer, weight, EOS, chains, num_candidates=3)
-    generator = torch.Generator().manual_seed(0)
-    for input_ids in (torch.empty(4, 0).long(), SUBSET[:4, None], torch.stack((SUBSET[:4], SUBSET[2:6]), 1)):
-        scores = torch.randn(4, VOCAB_SIZE, generator=generator)
-        scores[0, SUBSET[1]] = -math.inf
-        want, got = single(input_ids, scores), joint(input_ids, scores)
-        best = (
-            want.index_fill(1, torch.tensor(EOS), -math.inf).topk(3).indices
-        )  # chains of one label: no bound but exact
-        is_best = (
-            torch.zeros_like(want, dtype=torch.bool).scatter_(1, best, True).index_fill_(1, torch.tensor(EOS), True)
-        )
-        torch.testing.assert_close(got, want.masked_fill(~is_best, -math.inf), rtol=0, atol=1e-5)
-
-
-def test_chains_weight_zero_is_plain_generate() -> None:
-    model = tiny_gpt2()
-    inputs = prompt_inputs(model, "input_ids", 2)
-    joint = run(model, chain_processor(0.0), inputs, num_beams=3, **BEAM)
-    assert torch.equal(run(model, None, inputs, num_beams=3, **BEAM).sequences, joint.sequences)
-
-
-@pytest.mark.parametrize("weight", [0.4, 1.0])
-def test_candidates_and_margin_leave_the_best(weight: float) -> None:
-    scores = torch.randn(2, VOCAB_SIZE + 3, generator=torch.Generator().manual_seed(1)) * 3  # padded LLM output
-    scores[0, 9] = -math.inf
-    empty = torch.empty(2, 0, dtype=torch.long)
-    exact, few = (
-        chain_processor(weight)(empty, scores),
-        chain_processor(weight, num_candidates=6, margin=2.0)(empty, scores),
-    )
-    is_kept = few > -math.inf
-    assert torch.equal(few[is_kept], exact[is_kept])
-    assert torch.equal(few.argmax(1), exact.argmax(1))
-    assert is_kept.sum() < (exact > -math.inf).sum()
-    assert is_kept[:, EOS].all()
-    assert not exact.isnan().any()
-    spellable = torch.zeros(VOCAB_SIZE + 3, dtype=torch.bool).index_fill_(0, torch.tensor([*SPELLING, EOS]), True)
-    assert torch.equal(exact[1] > -math.inf, spellable)
-
-
-def test_silent_tokens_are_as_dear_as_without_ctc() -> None:
-    """At weight 1 too, where a gain of 0 would be the best there is."""
-    scores = torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
-    out = chain_processor(1.0)(torch.empty(2, 0, dtype=torch.long), scores)
-    torch.testing.assert_close(out[:, [5, 11, 7]], scores.log_softmax(1)[:, [5, 11, 7]])  # 7: a delimiter at the start
-
-
-@pytest.mark.parametrize("weight", [0.1, 0.9])
-def test_silent_candidates_are_ranked_by_their_score(weight: float) -> None:
-    """Neither by that of the words' share, which flatters them, nor with the logits' offset."""
-    log_probs, lengths = two_utterances()
-    table = torch.tensor([[0], [-1], [2], [-1], [4], [5], [-1], [7], [-1], [-1], [-1], [-1], [-2], [-2]])
-    scorer, units = CTCPrefixScorer.from_log_probs(log_probs, lengths, BLANK), LabelChains(BLANK, NUM_LABELS, table)
-    scores = 30.0 + torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(2))
-    exact = CTCPrefixLogitsProcessor(scorer, weight, EOS, units)(torch.empty(2, 0, dtype=torch.long), scores)
-    few = CTCPrefixLogitsProcessor(scorer, weight, EOS, units, num_candidates=4)
-    few = few(torch.empty(2, 0, dtype=torch.long), scores)
-    best = exact.index_fill(1, torch.tensor(EOS), -math.inf).topk(4)
-    torch.testing.assert_close(few.gather(1, best.indices), best.values)
-    silent = (table[best.indices] == -1).float().mean()
-    assert 0.0 < silent < 1.0
-
-
-def test_forced_token_that_cannot_be_spelled_leaves_the_state() -> None:
-    processor = chain_processor()
-    scores = torch.zeros(2, VOCAB_SIZE)
-    before = processor(torch.empty(2, 0, dtype=torch.long), scores)
-    forced = torch.full((2, VOCAB_SIZE), -math.inf)
-    forced[:, 13] = 0.0
-    assert processor(torch.empty(2, 0, dtype=torch.long), forced).argmax(1).tolist() == [13, 13]
-    assert torch.equal(processor(torch.tensor([[13], [13]]), scores), before)
 
 
 @pytest.mark.parametrize(

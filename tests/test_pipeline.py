@@ -253,6 +253,7 @@ def test_options_of_a_call_win_over_those_of_the_construction(pipe, folder):
 ALL_OPTIONS = {
     "mode": "delayed_fusion",
     "ctc_weight": 0.25,
+    "ctc_top_k": 5,
     "lm_weight": 0.7,
     "prior_weight": 0.1,
     "length_reward": 0.6,

@@ -237,6 +237,44 @@ def test_a_wide_search_finds_the_best_of_all() -> None:
     assert sorted(row.labels for row in few) == [(), (5,), (5, 5)]
 
 
+def test_the_search_goes_on_while_a_longer_text_may_be_better() -> None:
+    model = moonshine()
+    model.generation_config.suppress_tokens = [i for i in range(VOCAB_SIZE) if i not in (5, EOS)]
+    torch.manual_seed(1)
+    audio = torch.randn(2, 4000)[1:]
+    found = nbest_from_seq2seq(model, TinyProcessor, audio, num_beams=2, num_return_sequences=2, max_new_tokens=10)[0]
+    texts = [[5] * length + [EOS] * (length < 10) for length in range(11)]
+    expected = sorted(((forced_log_prob(model, audio[0], [1], ids), ids) for ids in texts), reverse=True)[:2]
+    assert [list(row.labels) for row in found] == [[i for i in ids if i != EOS] for _, ids in expected]
+    assert len(found[0].labels) == 10 and found[1].labels == ()  # the short one is found first
+
+
+def test_padding_is_no_label_and_special_tokens_are_no_text() -> None:
+    model = moonshine()
+    audio = audio_of(model)
+    model.generation_config.suppress_tokens = [i for i in range(VOCAB_SIZE) if i not in (1, 5, 6, EOS)]
+    options = {"num_beams": 6, "num_return_sequences": 6, "max_new_tokens": 4}
+    want = nbest_from_seq2seq(model, TinyProcessor, audio, **options)
+    model.generation_config.pad_token_id = 6
+    assert nbest_from_seq2seq(model, TinyProcessor, audio, **options) == want
+    rows = [row for nbest in want for row in nbest]
+    assert any(1 in row.labels for row in rows) and any(len(row.labels) < 4 for row in rows)
+    for row in rows:
+        assert row.text == TOKENIZER.decode([label for label in row.labels if label != 1]).strip()
+
+
+def test_the_decoder_starts_as_the_model_config_says_where_its_generation_config_does_not() -> None:
+    model = moonshine()
+    audio = audio_of(model)
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 4}
+    model.config.decoder_start_token_id = 7
+    model.generation_config.decoder_start_token_id = None
+    for waveform, nbest in zip(audio, nbest_from_seq2seq(model, TinyProcessor, audio, **options), strict=True):
+        for row in nbest:
+            ids = list(row.labels) + [EOS] * (len(row.labels) < 4)
+            assert row.am_log_prob == pytest.approx(forced_log_prob(model, waveform, [7], ids), abs=1e-4)
+
+
 def test_a_batch_gives_the_lists_of_its_utterances() -> None:
     model = moonshine()
     audio = audio_of(model)

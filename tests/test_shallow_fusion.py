@@ -336,6 +336,7 @@ def test_bad_arguments_are_named(external) -> None:
     for options, message in (
         ({"weight": -0.1}, "weight: expected a finite number of at least 0, got -0.1"),
         ({"weight": math.nan}, "weight: expected a finite"),
+        ({"weight": math.inf}, "weight: expected a finite number of at least 0, got inf"),
         ({"prior": UNIGRAM, "prior_weight": -1.0}, "prior_weight: expected a finite"),
         ({"prior_weight": 0.5}, "prior: expected log-probs or a scorer for prior_weight 0.5, got None"),
         ({"prior": UNIGRAM[None]}, r"prior: expected finite log-probs \[V\], got shape \(1, 5\)"),
@@ -356,3 +357,5 @@ def test_bad_arguments_are_named(external) -> None:
         build(lm=scorer(llama(0, vocab_size=7)), prior=external, prior_weight=0.1)(ids, torch.zeros(1, 7))
     with pytest.raises(ValueError, match="prior: expected 5 log-probs, one per token, got 4"):
         build(prior=UNIGRAM[:4], prior_weight=0.1)(ids, torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="prior: expected 5 log-probs, one per token, got 6"):
+        build(prior=torch.zeros(6), prior_weight=0.1)(ids, torch.zeros(1, 5))
