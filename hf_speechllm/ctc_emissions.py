@@ -76,9 +76,10 @@ class LabelEmissions:
         self._fetch(labels, is_missing)
         return self._row_of_label[self._utterance, labels]
 
-    def log_probs(self, rows: Tensor) -> Tensor:
-        """[..., T] log-probs of rows [...], floored; the floor in padding."""
-        return self._table.index_select(0, rows.flatten()).view(*rows.shape, self._table.shape[1])
+    def log_probs(self, rows: Tensor, frames: slice = slice(None)) -> Tensor:
+        """[..., t] log-probs of rows [...] in these frames, floored; the floor in padding."""
+        table = self._table[:, frames]
+        return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
 
     @cached_property
     def all_probs(self) -> Tensor:
@@ -104,23 +105,30 @@ class LabelEmissions:
         offset = utterance * source.stride(0) + label * source.stride(2)
         last = (source.shape[0] - 1) * source.stride(0) + (num_labels - 1) * source.stride(2)
         by_offset = source.as_strided((last + 1, source.shape[1]), (1, source.stride(1)))
+        self._make_room(len(pairs))
         self._add(by_offset.index_select(0, offset), utterance, label)
 
     def _add_all(self, log_probs: Tensor, labels: Tensor) -> None:
         """Adds log-probs [B, T, M] of the labels [B, M], after which none is missing."""
-        utterance = self._utterance.expand_as(labels).flatten()
-        self._add(log_probs.transpose(1, 2).flatten(0, 1), utterance, labels.flatten())  # B, T, M -> B*M, T
+        self._make_room(labels.numel())
+        # A single matrix is transposed several times faster than a batch of them.
+        for utterance, frames, row_labels in zip(self._utterance, log_probs, labels, strict=True):
+            self._add(frames.t(), utterance.expand_as(row_labels), row_labels)  # T, M -> M, T
         self._row_of_label[:, self._blank_id] = NO_ROW
         self._has_all = True
 
-    def _add(self, log_probs: Tensor, utterance: Tensor, label: Tensor) -> None:
-        """Adds log-probs [M, T] as given of utterances and labels, [M] each."""
-        end = self._num_rows + len(label)
+    def _make_room(self, num_rows: int) -> None:
+        """Makes room for this many further rows."""
+        end = self._num_rows + num_rows
         if end > len(self._table):
             room = max(end, 2 * len(self._table))  # doubled: rows are not copied again at every step
             table = self._table.new_empty(room, self._table.shape[1])
             table[: self._num_rows] = self._table[: self._num_rows]
             self._table = table
+
+    def _add(self, log_probs: Tensor, utterance: Tensor, label: Tensor) -> None:
+        """Adds log-probs [M, T] as given of utterances and labels, [M] each."""
+        end = self._num_rows + len(label)
         rows = self._table[self._num_rows : end]
         rows.copy_(log_probs).clamp_(min=LOG_PROB_FLOOR)
         if self._has_padding:

@@ -47,6 +47,7 @@ from .ctc_emissions import (
 KEEP_LABEL = -1
 
 _NO_LABEL = -1  # last label of the empty prefix
+_LONG_FRAMES = 512  # from here on it pays to look for the frames that matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,9 +236,9 @@ class CTCPrefixScorer:
         as are labels below exp(-87) times psi(g) (exp(-700) from float64 log-probs).
         """
         self._beams_of(state)
-        weights, log_scale = self._time_weights(state)
-        # N, T -> B, K, T; times B, T, U' -> B, K, U' -> N, U'
-        psi = torch.bmm(self._per_utterance(weights), self._emissions.all_probs).flatten(0, 1)
+        weights, frames, log_scale = self._time_weights(state)
+        # N, t -> B, K, t; times B, t, U' -> B, K, U' -> N, U'
+        psi = torch.bmm(self._per_utterance(weights), self._emissions.all_probs[:, frames]).flatten(0, 1)
         psi = psi.to(log_scale.dtype).log_().add_(log_scale)
         # After its last label a hypothesis needs a blank first.
         last, repeat = state.last_label[:, None], state.repeat_log_prob[:, None]
@@ -276,8 +277,8 @@ class CTCPrefixScorer:
             return psi.masked_fill_(labels == _NO_LABEL, -math.inf)
         rows = labels.reshape(self.num_utterances, num_beams * labels.shape[1])  # N, C -> B, K*C
         rows = self._emissions.rows(rows).view_as(labels)
-        weights, log_scale = self._time_weights(state)
-        probs = self._emissions.log_probs(rows).exp_()  # N, C, T
+        weights, frames, log_scale = self._time_weights(state)
+        probs = self._emissions.log_probs(rows, frames).exp_()  # N, C, t
         psi = probs.mul_(weights[:, None]).sum(2).to(log_scale.dtype).log_().add_(log_scale)
         psi = torch.where(labels == state.last_label[:, None], state.repeat_log_prob[:, None], psi)
         return psi.masked_fill_(rows == NO_ROW, -math.inf)
@@ -357,14 +358,20 @@ class CTCPrefixScorer:
         is_padding = self._is_padding[..., self._is_padding.shape[2] - values.shape[2] :]
         return values.masked_fill_(is_padding, -math.inf)
 
-    def _time_weights(self, state: CTCPrefixState) -> tuple[Tensor, Tensor]:
-        """[N, T] probability of g before each frame, over psi(g); and log psi(g), [N, 1].
+    def _time_weights(self, state: CTCPrefixState) -> tuple[Tensor, slice, Tensor]:
+        """[N, t] probability of g before each frame, over psi(g); these frames; and log psi(g), [N, 1].
 
-        psi(g) is the natural scale: the largest weight lies between 1 / (T + 1) and 1.
+        psi(g) is the natural scale: the largest weight lies between 1 / (T + 1) and 1. Of long audio only the frames
+        are returned around the place that the search has come to, outside of which all weights are 0.
         """
         # Impossible hypotheses: their weights are exp(-inf - finite) = 0, not NaN.
         log_scale = state.prefix_log_prob.clamp(min=torch.finfo(state.prefix_log_prob.dtype).min)[:, None]
-        return (state.log_prob[:, :-1] - log_scale).exp_().to(self._emissions.dtype), log_scale
+        weights = (state.log_prob[:, :-1] - log_scale).exp_().to(self._emissions.dtype)
+        if weights.shape[1] < _LONG_FRAMES:
+            return weights, slice(None), log_scale
+        used = weights.any(0).nonzero()
+        frames = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(1)
+        return weights[:, frames], frames, log_scale
 
     def _check_selection(self, state: CTCPrefixState, parent: Tensor, label: Tensor) -> tuple[bool, bool]:
         """Whether a row repeats its parent's last label, and whether one keeps its label."""

@@ -210,6 +210,32 @@ def test_fetched_labels_equal_full_scores(all_per_label: int, monkeypatch: pytes
         state = scorer.advance(state, torch.arange(6), label)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_frames_far_from_the_search_are_left_out_without_effect(dtype: torch.dtype, monkeypatch) -> None:
+    log_probs = random_log_probs(2, 90, 12, seed=3, peak=1.0)
+    log_probs[:, :, 0] += 6.0  # mostly blank
+    for frame, label in zip(range(4, 90, 9), itertools.cycle((1, 2, 3)), strict=False):
+        log_probs[:, frame, label] += 40.0
+    log_probs = log_probs.log_softmax(-1).to(dtype)
+    lengths = torch.tensor([90, 70])
+    whole = CTCPrefixScorer.from_log_probs(log_probs, lengths, 0)
+    state = state_of(whole, [(1, 2, 3, 1, 2), (1, 2, 3), (1, 2, 3, 1), (1,) * 70])  # the last one is impossible
+    candidates = torch.arange(4, 6).expand(4, -1)
+    want, want_few = whole.score(state), whole.score_candidates(state, candidates)
+    monkeypatch.setattr(ctc_prefix_score, "_LONG_FRAMES", 0)
+    for top_k in (None, 11):
+        scorer = CTCPrefixScorer.from_log_probs(log_probs, lengths, 0, top_k=top_k)
+        used = scorer._time_weights(state)[1]
+        assert dtype == torch.float64 or used.stop - used.start < 80
+        got = scorer.score(state)
+        torch.testing.assert_close(got, want[:, -got.shape[1] :], rtol=0, atol=1e-5)
+        torch.testing.assert_close(scorer.score_candidates(state, candidates), want_few, rtol=0, atol=1e-5)
+    impossible = whole.init(1)
+    for _ in range(91):
+        impossible = whole.advance(impossible, torch.tensor([0, 1]), torch.tensor([1, 1]))
+    assert (whole.score(impossible) == -math.inf).all()  # no frame matters
+
+
 def test_labels_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", 0)
     scorer = CTCPrefixScorer.from_log_probs(random_log_probs(2, 9, 500), torch.tensor([9, 9]), 0)
