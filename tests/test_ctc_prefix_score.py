@@ -230,6 +230,13 @@ def test_frames_far_from_the_search_are_left_out_without_effect(dtype: torch.dty
         got = scorer.score(state)
         torch.testing.assert_close(got, want[:, -got.shape[1] :], rtol=0, atol=1e-5)
         torch.testing.assert_close(scorer.score_candidates(state, candidates), want_few, rtol=0, atol=1e-5)
+    monkeypatch.undo()
+    short = CTCPrefixScorer.from_log_probs(random_log_probs(1, 6, 4).to(dtype), torch.tensor([6]), 0)
+    states = [state_of(short, [prefix]) for prefix in [(), (1,), (1, 2, 3)]]
+    want = [short.score(state) for state in states]
+    monkeypatch.setattr(ctc_prefix_score, "_LONG_FRAMES", 0)
+    for state, scores in zip(states, want, strict=True):  # the first and the last frame matter
+        torch.testing.assert_close(short.score(state), scores, rtol=0, atol=1e-6)
     impossible = whole.init(1)
     for _ in range(91):
         impossible = whole.advance(impossible, torch.tensor([0, 1]), torch.tensor([1, 1]))
@@ -243,6 +250,7 @@ def test_labels_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first = emissions.rows(torch.tensor([[5, 5, 6], [5, 8, -1]]))
     assert len({*first.flatten().tolist()} - {ctc_emissions.NO_ROW}) == 4  # 5 and 6, 5 and 8
     assert first[0, 0] == first[0, 1] != first[1, 0]
+    assert emissions._num_rows == 5
     table = emissions._table
     again = emissions.rows(torch.tensor([[6, 0, 5], [8, 5, 5]]))
     assert again.tolist() == [[first[0, 2], 0, first[0, 0]], [first[1, 1], first[1, 0], first[1, 0]]]
@@ -387,6 +395,7 @@ def test_label_outside_the_subset_costs_the_floor_and_stays_finite() -> None:
     state = state_of(scorer, [(outside,)])
     assert float(state.prefix_log_prob) == pytest.approx(-1e4, abs=20)
     assert not scorer.score(state).isnan().any()
+    assert (scorer.score_candidates(state, torch.tensor([[outside]])) == -math.inf).all()  # not even as a repetition
     state = scorer.advance(state, torch.tensor([0]), torch.tensor([inside]))
     assert scorer.eos(state).isfinite().all()
 

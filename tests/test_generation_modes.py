@@ -75,6 +75,9 @@ def test_rescoring_is_the_ctc_beam_rescored_by_the_plain_language_model(model, i
         assert [hypothesis.lm_log_prob for hypothesis in mine] == pytest.approx(
             [hypothesis.lm_log_prob for hypothesis in other], abs=1e-3
         )
+        assert [hypothesis.log_score for hypothesis in mine] == pytest.approx(
+            [hypothesis.log_score for hypothesis in other], abs=1e-3
+        )
     assert any(hypothesis.lm_log_prob < -1.0 for utterance in got for hypothesis in utterance)
 
 
