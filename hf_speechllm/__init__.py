@@ -9,11 +9,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .base_models import base_model
-from .bpe_subset import restrict_merges, select_lowercase_tokens, subset_chains
+from .bpe_subset import restrict_merges, select_lowercase_tokens, subset_chains, writer_chains
 from .configuration_speechllm import SpeechLLMConfig
 from .ctc_alignment import align
 from .ctc_beam_search import ctc_beam_search
 from .ctc_frames import merge_blank_frames
+from .ctc_listener import CharacterListener, CTCListener, SpeechLLMListener
 from .ctc_prefix_score import CTCPrefixScorer, CTCPrefixState
 from .ctc_text import labels_to_text_of
 from .data_collator import SpeechLLMDataCollator
@@ -49,7 +50,10 @@ _register()
 
 __all__ = [
     "CTCFusionPipeline",
+    "CTCListener",
+    "CharacterListener",
     "Seq2SeqRescoringPipeline",
+    "SpeechLLMListener",
     "CTCPrefixLogitsProcessor",
     "CTCPrefixScorer",
     "CTCPrefixState",
@@ -79,4 +83,5 @@ __all__ = [
     "select_lowercase_tokens",
     "subset_chains",
     "tune_scales",
+    "writer_chains",
 ]

@@ -1,13 +1,15 @@
 """`pipeline("automatic-speech-recognition", model=..., lm=...)`: speech recognisers of others with a language model.
 
 CTC models (Wav2Vec2, HuBERT, Parakeet, ...) are searched with delayed fusion, or their N-best lists rescored;
-encoder-decoders (Whisper, Moonshine, ...) have the N-best list of their own beam search rescored.
+encoder-decoders (Whisper, Moonshine, ...) have the N-best list of their own beam search rescored. With `ctc_model=...`
+that search is a joint one: each token is scored by the encoder-decoder and by the CTC model.
 
 Shape legend: B pieces of audio, S input steps (samples or feature frames), T frames, A label axis of the CTC output,
 U labels, W words.
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,25 +20,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CTC_MAPPING_NAMES
+from transformers.pipelines.base import pad_collate_fn
 from transformers.utils import logging
 
 from .combination import DecodingOptions
 from .ctc_alignment import align, word_times
+from .ctc_listener import CTCListener, ctc_log_probs, load_ctc_listener
+from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText, labels_to_text_of
 from .hypothesis import Hypothesis
+from .logits_process import CTCPrefixLogitsProcessor
 from .pipeline_speechllm import LanguageModel, SegmentedPipeline, load_language_model
 from .processing_speechllm import MIN_DURATION_S
 from .rescoring import nbest_from_seq2seq, rescore_nbest
 
 FUSION_OPTIONS = ("lm_weight", "length_reward", "lm_lowercase", "fusion", "ctc_beam_size", "fusion_interval")
 _GENERATE_OPTIONS = ("num_beams", "max_new_tokens", "language", "task")  # of encoder-decoders
+_SEARCH_OPTIONS = (*_GENERATE_OPTIONS, "ctc_weight")
 _MODE_OF_FUSION = {"delayed": "delayed_fusion", "rescoring": "rescoring"}
 DEFAULT_LM_WEIGHT = 0.5
+DEFAULT_CTC_WEIGHT = 0.3
 DEFAULT_MAX_PIECE_S = 30.0
 NO_LABEL = -1  # fills up rows of labels
-# CTC models whose frames are the same alone and in a padded batch with its mask. In others padding reaches valid frames
-# through convolutions or norms over time: each piece is run alone, and only the search takes the whole batch.
-_EXACT_IN_BATCHES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_ctc")
 
 logger = logging.get_logger(__name__)
 
@@ -56,20 +61,22 @@ class FusionPipeline(SegmentedPipeline):
         ValueError: If an option is out of range, or model and tokenizer do not fit.
     """
 
+    lm_is_optional = False
+
     def __init__(
         self,
         model: PreTrainedModel,
         feature_extractor: SequenceFeatureExtractor | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        lm: LanguageModel,
+        lm: LanguageModel | None,
         decoder: Any = None,
         **kwargs: Any,
     ):
         super().__init__(model, feature_extractor, tokenizer, **kwargs)
         if decoder is not None:
             logger.warning("The pyctcdecode decoder of this model is not used: lm takes its place.")
-        self.lm = load_language_model(lm, self.device)
+        self.lm = None if lm is None and self.lm_is_optional else load_language_model(lm, self.device)
         self._is_upper_case = has_upper_case_only(self.tokenizer)
 
     @property
@@ -89,9 +96,13 @@ class FusionPipeline(SegmentedPipeline):
     def extract_features(self, waveform: np.ndarray) -> dict[str, Tensor]:
         """Features, their mask if the feature extractor makes one, and the number of steps S."""
         rate = self.feature_extractor.sampling_rate
-        missing = max(0, round(MIN_DURATION_S * rate) - len(waveform))
-        features = self.feature_extractor(np.pad(waveform, (0, missing)), sampling_rate=rate, return_tensors="pt")
+        features = self.feature_extractor(self.long_enough(waveform), sampling_rate=rate, return_tensors="pt")
         return {**features, "num_steps": torch.tensor([features[self.model.main_input_name].shape[1]])}
+
+    def long_enough(self, waveform: np.ndarray) -> np.ndarray:
+        """The waveform, with silence behind it if it is shorter than what extractors can do."""
+        missing = round(MIN_DURATION_S * self.feature_extractor.sampling_rate) - len(waveform)
+        return np.pad(waveform, (0, max(0, missing)))
 
     def lm_case(self, lm_lowercase: bool | None) -> Callable[[str], str]:
         """What turns a transcript into text for the language model."""
@@ -228,13 +239,20 @@ class CTCFusionPipeline(FusionPipeline):
 
 class Seq2SeqRescoringPipeline(FusionPipeline):
     """
-    An encoder-decoder such as Whisper or Moonshine, the N-best list of its beam search rescored by a language model.
+    An encoder-decoder such as Whisper or Moonshine with a CTC model, a language model, or both.
 
-    The score of a transcript is `log P(text | audio) + lm_weight * log P_LM + length_reward * tokens`. Whisper is run
-    in batches; others piece by piece, since padding would change what they hear.
+    With a CTC model, each token of the beam search scores `(1 - ctc_weight) * log p + ctc_weight * log p_CTC`, where
+    p_CTC is the probability that what the CTC model heard begins with the text so far; see
+    [`CTCPrefixLogitsProcessor`]. With a language model, the N-best list of the search is rescored: the score of a
+    transcript is `score of the search + lm_weight * log P_LM + length_reward * tokens`. Whisper is run in batches;
+    others piece by piece, since padding would change what they hear.
 
     Args:
-        model, feature_extractor, tokenizer, lm, kwargs: As for [`FusionPipeline`].
+        model, feature_extractor, tokenizer, kwargs: As for [`FusionPipeline`].
+        lm: As for [`FusionPipeline`], or `None`, if there is a CTC model.
+        ctc_model: Hub id or folder of a speech LLM with a CTC head, or of an `AutoModelForCTC` over characters; or a
+            [`CTCListener`]. Of English and the sampling rate of the feature extractor.
+        ctc_weight (`float`, defaults to 0.3): Share of the CTC model, 0 to 1; to be tuned on development data.
         lm_weight (`float`, defaults to 0.5), length_reward (`float`, defaults to 0): As for [`CTCFusionPipeline`].
         lm_lowercase (`bool`, *optional*): Whether the language model gets the text in lower case; by default as it is.
         num_beams (`int`, defaults to 5): Width of the beam search, and size of the list; at least 2.
@@ -246,6 +264,30 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
     `chunk_length_s` for pieces of less than 30 s.
     """
 
+    lm_is_optional = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args: Any,
+        lm: LanguageModel | None = None,
+        ctc_model: str | os.PathLike[str] | CTCListener | None = None,
+        **kwargs: Any,
+    ):
+        # Options are checked in the constructor of transformers' pipeline already.
+        self._has_lm, self._has_ctc_model = lm is not None, ctc_model is not None
+        super().__init__(model, *args, lm=lm, **kwargs)
+        self.ctc_listener = self._ctc_chains = None
+        if ctc_model is not None:
+            self.ctc_listener = load_ctc_listener(ctc_model, self.device)
+            rate = self.feature_extractor.sampling_rate
+            if self.ctc_listener.sampling_rate != rate:
+                raise ValueError(
+                    f"ctc_model: expected one for audio of {rate} Hz like the model, got "
+                    f"{self.ctc_listener.sampling_rate} Hz."
+                )
+            self._ctc_chains = self.ctc_listener.chains(self.tokenizer).to(self.device)
+
     @property
     def max_piece_s(self) -> float:
         """Whisper's window."""
@@ -253,6 +295,7 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
 
     def _sanitize_parameters(
         self,
+        ctc_weight: float | None = None,
         lm_weight: float | None = None,
         length_reward: float | None = None,
         lm_lowercase: bool | None = None,
@@ -263,19 +306,47 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
         return_timestamps: bool | None = None,
         stride_length_s: float | None = None,
     ) -> tuple[dict, dict, dict]:
+        scales = _given(lm_weight=lm_weight, length_reward=length_reward, lm_lowercase=lm_lowercase)
+        shares = _given(ctc_weight=ctc_weight)
+        refuse_fusion_options({} if self._has_lm else scales)
+        refuse_fusion_options({} if self._has_ctc_model else shares)
         options = {**(generate_kwargs or {}), **_given(num_beams=num_beams, max_new_tokens=max_new_tokens)}
         # transformers sets aside what was given at construction and is an option of every `generate`.
         _check_generate_options({**self._generate_kwargs, **options})
-        DecodingOptions(**_given(lm_weight=lm_weight, length_reward=length_reward))  # which checks them
+        DecodingOptions(**_given(ctc_weight=ctc_weight, lm_weight=lm_weight, length_reward=length_reward))  # checks
         preprocess, postprocess = self.piece_parameters(chunk_length_s, return_timestamps, stride_length_s)
-        scales = _given(lm_weight=lm_weight, length_reward=length_reward, lm_lowercase=lm_lowercase)
-        return preprocess, {**scales, **options}, postprocess
+        return preprocess, {**scales, **shares, **options}, postprocess
+
+    def extract_features(self, waveform: np.ndarray) -> dict[str, Tensor]:
+        """As of [`FusionPipeline`], and what the CTC model listens to."""
+        features = super().extract_features(waveform)
+        if self.ctc_listener is None:
+            return features
+        waveform = torch.from_numpy(self.long_enough(waveform).astype(np.float32))
+        return {**features, "ctc_waveform": waveform[None], "ctc_num_samples": torch.tensor([len(waveform)])}
 
     def nbest(self, waveform: np.ndarray, size: int) -> list[Hypothesis]:
         """See [`FusionPipeline.nbest`]. Options of `generate` are those of the construction."""
-        inputs = self.ensure_tensor_on_device(**self.extract_features(waveform))
-        options = {name: value for name, value in self._forward_params.items() if name in _GENERATE_OPTIONS}
-        return self._search(*self._take_audio(inputs), **{**options, "num_beams": max(2, size)})[0][:size]
+        return self.nbests([waveform], size)[0]
+
+    def nbests(
+        self, waveforms: Sequence[np.ndarray], size: int, *, ctc_weight: float | None = None
+    ) -> list[list[Hypothesis]]:
+        """The N-best list of each waveform, decoded in one batch; see [`FusionPipeline.nbest`].
+
+        Args:
+            waveforms, size: As there.
+            ctc_weight: Share of the CTC model, if there is one, in scores and search; by default that of the
+                construction.
+        """
+        inputs, *others = [self.extract_features(waveform) for waveform in waveforms]
+        if others:  # which takes a tokenizer with a padding token
+            inputs = pad_collate_fn(self.tokenizer, self.feature_extractor)([inputs, *others])
+        inputs = self.ensure_tensor_on_device(**inputs)
+        options = {name: value for name, value in self._forward_params.items() if name in _SEARCH_OPTIONS}
+        options |= {"num_beams": max(2, size), **_given(ctc_weight=ctc_weight)}
+        heard = self._listen(inputs)
+        return [rows[:size] for rows in self._search(*self._take_audio(inputs), heard, **options)]
 
     def _forward(
         self,
@@ -286,30 +357,57 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
         **options: Any,
     ) -> dict[str, Any]:
         in_lm_case = self.lm_case(lm_lowercase)
-        nbests = [
-            [replace(row, text=in_lm_case(row.text)) for row in rows]
-            for rows in self._search(*self._take_audio(model_inputs), **options)
-        ]
-        rescored = rescore_nbest(nbests, self.lm, lm_weight=lm_weight, length_reward=length_reward)
+        heard = self._listen(model_inputs)
+        nbests = self._search(*self._take_audio(model_inputs), heard, **options)
+        if self.lm is not None:
+            nbests = [[replace(row, text=in_lm_case(row.text)) for row in rows] for rows in nbests]
+            nbests = rescore_nbest(nbests, self.lm, lm_weight=lm_weight, length_reward=length_reward)
         return {
             "is_last": model_inputs.pop("is_last"),
-            "tokens": _pad_labels(_best_labels(rescored)),
+            "tokens": _pad_labels(_best_labels(nbests)),
             **model_inputs,
         }
 
+    def _listen(self, model_inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """CTC log-probs `[B, T, A]` and frames `[B]` of the waveforms, which are taken out of the inputs."""
+        if self.ctc_listener is None:
+            return None
+        waveforms = model_inputs.pop("ctc_waveform").float().cpu().numpy()
+        num_samples = model_inputs.pop("ctc_num_samples").tolist()
+        return self.ctc_listener.log_probs([row[:samples] for row, samples in zip(waveforms, num_samples, strict=True)])
+
     def _search(
-        self, features: Tensor, mask: Tensor | None, num_steps: Tensor, **options: Any
+        self,
+        features: Tensor,
+        mask: Tensor | None,
+        num_steps: Tensor,
+        heard: tuple[Tensor, Tensor] | None,
+        ctc_weight: float = DEFAULT_CTC_WEIGHT,
+        **options: Any,
     ) -> list[list[Hypothesis]]:
         options = {"num_beams": 5, **self._generate_kwargs, **options}
         options["num_return_sequences"] = options["num_beams"]
+
+        def processors(rows: slice) -> list[CTCPrefixLogitsProcessor]:
+            if heard is None:
+                return []
+            log_probs, lengths = (values[rows].to(self.device) for values in heard)
+            scorer = CTCPrefixScorer.from_log_probs(log_probs, lengths, self.ctc_listener.blank_id)
+            eos_token_id = self.model.generation_config.eos_token_id
+            return [CTCPrefixLogitsProcessor(scorer, ctc_weight, eos_token_id, self._ctc_chains)]
+
         # Of its processor the search asks for the tokenizer only, which a pipeline has too.
         if self.type == "seq2seq_whisper":  # a window of fixed length, whose padding it hears as silence
             whole_window = torch.ones_like(features[:, 0], dtype=torch.long)
-            return nbest_from_seq2seq(self.model, self, features, attention_mask=whole_window, **options)
+            options |= {"attention_mask": whole_window, "logits_processor": processors(slice(None))}
+            return nbest_from_seq2seq(self.model, self, features, **options)
         nbests = []
         for row, steps in enumerate(num_steps.tolist()):
-            row_mask = {} if mask is None else {"attention_mask": mask[row : row + 1, :steps]}
-            nbests += nbest_from_seq2seq(self.model, self, features[row : row + 1, :steps], **row_mask, **options)
+            piece = slice(row, row + 1)
+            row_mask = {} if mask is None else {"attention_mask": mask[piece, :steps]}
+            nbests += nbest_from_seq2seq(
+                self.model, self, features[piece, :steps], logits_processor=processors(piece), **row_mask, **options
+            )
         return nbests
 
     def transcript(self, model_output: dict[str, Any]) -> str:
@@ -317,16 +415,21 @@ class Seq2SeqRescoringPipeline(FusionPipeline):
         return self.tokenizer.decode(_unpad_labels(model_output["tokens"]), skip_special_tokens=True).strip()
 
 
-def pipeline_for_lm(model: PreTrainedModel) -> type[FusionPipeline]:
-    """The class of pipeline that combines `model` with a language model.
+def pipeline_for_lm(model: PreTrainedModel, has_ctc_model: bool = False) -> type[FusionPipeline]:
+    """The class of pipeline that combines `model` with a language model, or with a CTC model.
 
     Raises:
         ValueError: If there is none for it.
     """
-    if type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values():
-        return CTCFusionPipeline
     if model.config.is_encoder_decoder:
         return Seq2SeqRescoringPipeline
+    if has_ctc_model:
+        raise ValueError(
+            f"ctc_model: expected an encoder-decoder to decode jointly with, got {type(model).__name__}; leave "
+            "ctc_model out."
+        )
+    if type(model).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values():
+        return CTCFusionPipeline
     raise ValueError(
         f"lm: expected a CTC model (AutoModelForCTC) or an encoder-decoder to combine it with, got "
         f"{type(model).__name__}; leave lm out."
@@ -334,50 +437,12 @@ def pipeline_for_lm(model: PreTrainedModel) -> type[FusionPipeline]:
 
 
 def refuse_fusion_options(options: dict[str, Any]) -> None:
-    """Refuses options of fusion that were given without a language model; transformers' pipeline would ignore them."""
+    """Refuses options of fusion that were given without a model to fuse with; transformers' own would ignore them."""
     given = [name for name in FUSION_OPTIONS if name in options]
     if given:
         raise ValueError(f"{', '.join(given)}: expected with a language model only; give lm too, or leave it out.")
-
-
-@torch.no_grad()
-def ctc_log_probs(
-    model: PreTrainedModel, features: Tensor, mask: Tensor | None, num_steps: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-softmax of a CTC model, of each piece as if it were alone.
-
-    Args:
-        model: Any `AutoModelForCTC`.
-        features: `[B, S]` samples or `[B, S, F]` frames, padded on the right.
-        mask: `[B, S]` of them, if the feature extractor makes one.
-        num_steps: `[B]` steps of each piece before the batch was padded.
-
-    Returns:
-        `[B, T, A]` float32, and `[B]` valid frames.
-    """
-    config = model.config
-    frame_lengths = getattr(model, "_get_subsampling_output_length", None) or getattr(
-        model, "_get_feat_extract_output_lengths", None
-    )
-    is_exact_in_batches = (
-        config.model_type in _EXACT_IN_BATCHES
-        and mask is not None
-        and getattr(config, "feat_extract_norm", None) != "group"
-        and not getattr(config, "add_adapter", False)
-    )
-    if is_exact_in_batches:
-        logits = model(features, attention_mask=mask).logits
-        lengths = frame_lengths(mask.sum(1))
-    else:
-        alone = []
-        for row, steps in enumerate(num_steps.tolist()):
-            row_mask = {} if mask is None else {"attention_mask": mask[row : row + 1, :steps]}
-            alone.append(model(features[row : row + 1, :steps], **row_mask).logits[0])
-        logits = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
-        lengths = torch.tensor([len(row) for row in alone], device=logits.device)
-        if mask is not None and frame_lengths is not None:  # extractors may pad by themselves
-            lengths = torch.minimum(lengths, frame_lengths(mask.sum(1)))
-    return logits.float().log_softmax(-1), lengths.long().clamp(max=logits.shape[1])
+    if "ctc_weight" in options:
+        raise ValueError("ctc_weight: expected with a CTC model only; give ctc_model too, or leave it out.")
 
 
 def samples_per_frame(model: PreTrainedModel, feature_extractor: SequenceFeatureExtractor) -> int:

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from .ctc_prefix_score import KEEP_LABEL, CTCPrefixScorer, CTCPrefixState
 
 SILENT = -1  # behind the last label of a chain, and all along the chain of a token that is not heard
 UNSPELLABLE = -2  # all along the chain of a token that CTC labels cannot spell
+MAX_CHAIN_LENGTH = 16
 
 _NO_LABEL = -1  # `last_label` of a state before the first label
 # Signs that are read aloud; all others (full stops, quotation marks, dashes, ...) are silent.
@@ -43,25 +44,52 @@ class LabelChains:
         delimiter: label between words, for CTC over characters. A token that begins with it is spelled without it where
             no word precedes: at the start of the utterance and after another delimiter. None if every word, the first
             too, is trained with its space.
+        word_chains: [V, M] labels of tokens between words, where each of them begins a word, with or without a space
+            of its own: at the start of the utterance and after a token that `ends_word`. For sub-word labels of which
+            the first of a word stands for its space too. None if tokens are spelled alike everywhere.
+        ends_word: [V] bool, with `word_chains`: the tokens that end in a space or a mark.
 
     Raises:
-        ValueError: `chains` has another shape or type, or a row that is no chain; a label is the blank or off the axis.
+        ValueError: chains have another shape or type, or a row that is no chain; a label is the blank or off the axis;
+            `word_chains` and `ends_word` are not given together, or with a delimiter.
     """
 
     blank_id: int
     num_labels: int
     chains: Tensor
     delimiter: int | None = None
+    word_chains: Tensor | None = None
+    ends_word: Tensor | None = None
 
     def __post_init__(self) -> None:
-        chains = self.chains
-        if chains.dim() != 2 or chains.shape[1] < 1 or chains.is_floating_point() or chains.dtype == torch.bool:
-            raise ValueError(f"chains: expected integers of shape (V, M), got {chains.dtype} {tuple(chains.shape)}.")
+        self._check_table("chains", self.chains)
+        self._check_words()
         if self.delimiter is not None and not self._is_label(self.delimiter):
             raise ValueError(
                 f"delimiter: expected None or a label from 0 to {self.num_labels - 1} other than the blank "
                 f"{self.blank_id}, got {self.delimiter}."
             )
+
+    def _check_words(self) -> None:
+        words, ends = self.word_chains, self.ends_word
+        if (words is None) != (ends is None) or (words is not None and self.delimiter is not None):
+            raise ValueError(
+                "word_chains, ends_word: expected both of them, without a delimiter, or neither, got "
+                f"word_chains={None if words is None else tuple(words.shape)}, "
+                f"ends_word={None if ends is None else tuple(ends.shape)}, delimiter={self.delimiter}."
+            )
+        if words is None:
+            return
+        self._check_table("word_chains", words)
+        if words.shape != self.chains.shape or ends.shape != words.shape[:1] or ends.dtype != torch.bool:
+            raise ValueError(
+                f"word_chains, ends_word: expected shape {tuple(self.chains.shape)} like chains and bool "
+                f"({self.vocab_size},), got {tuple(words.shape)} and {ends.dtype} {tuple(ends.shape)}."
+            )
+
+    def _check_table(self, name: str, chains: Tensor) -> None:
+        if chains.dim() != 2 or chains.shape[1] < 1 or chains.is_floating_point() or chains.dtype == torch.bool:
+            raise ValueError(f"{name}: expected integers of shape (V, M), got {chains.dtype} {tuple(chains.shape)}.")
         is_wrong = (chains >= self.num_labels) | (chains < UNSPELLABLE) | (chains == self.blank_id)
         # Once a chain has ended it stays so, and unspellable is a token as a whole.
         is_wrong[:, 1:] |= torch.where(
@@ -70,7 +98,7 @@ class LabelChains:
         if bool(is_wrong.any()):
             token = int(is_wrong.any(1).int().argmax())
             raise ValueError(
-                f"chains: expected labels from 0 to {self.num_labels - 1} other than the blank {self.blank_id}, filled "
+                f"{name}: expected labels from 0 to {self.num_labels - 1} other than the blank {self.blank_id}, filled "
                 f"up with {SILENT}, or {UNSPELLABLE} throughout, got {chains[token].tolist()} for token {token}."
             )
 
@@ -86,7 +114,12 @@ class LabelChains:
         """Returns the same chains on `device`."""
         if self.chains.device == device:
             return self
-        return LabelChains(self.blank_id, self.num_labels, self.chains.to(device), self.delimiter)
+        tensors = {
+            name: None if table is None else table.to(device)
+            for name, table in vars(self).items()
+            if name in ("chains", "word_chains", "ends_word")
+        }
+        return replace(self, **tensors)
 
     def check_vocab_size(self, vocab_size: int) -> None:
         """Raises ValueError if a token that can be spelled does not fit a vocabulary of this size."""
@@ -96,28 +129,36 @@ class LabelChains:
                 "the tokenizer of this LLM."
             )
 
-    def spell(self, ids: Tensor, last_label: Tensor | None = None) -> Tensor:
+    def spell(self, ids: Tensor, last_label: Tensor | None = None, last_token: Tensor | None = None) -> Tensor:
         """Labels of tokens: [...] to [..., M], filled up with -1; -2 where a token cannot be spelled.
 
         Args:
             ids: Tokens; negative ones are silent, those beyond the vocabulary cannot be spelled.
             last_label: [...] label that precedes each token, -1 at the start of an utterance; None: in mid-sentence.
+            last_token: [...] token that precedes each token, -1 at the start; None: none that `ends_word`.
         """
-        chains = self.chains[ids.clamp(0, self.vocab_size - 1)].long()
-        chains = chains.masked_fill((ids < 0)[..., None], SILENT)
-        chains = chains.masked_fill((ids >= self.vocab_size)[..., None], UNSPELLABLE)
-        if self.delimiter is None or last_label is None:
+        chains = self._look_up(self.chains, ids)
+        if last_label is None or (self.delimiter is None and self.word_chains is None):
             return chains
-        is_dropped = self._is_between_words(last_label) & (chains[..., 0] == self.delimiter)
+        is_between = self._is_between_words(last_label, last_token)[..., None]
+        if self.word_chains is not None:
+            return torch.where(is_between, self._look_up(self.word_chains, ids), chains)
+        is_dropped = is_between & (chains[..., :1] == self.delimiter)
         without = torch.nn.functional.pad(chains[..., 1:], (0, 1), value=SILENT)
-        return torch.where(is_dropped[..., None], without, chains)
+        return torch.where(is_dropped, without, chains)
 
-    def first_labels(self, last_label: Tensor) -> Tensor:
-        """[N, V] first label of every token after `last_label` [N]; A for unspellable and A + 1 for silent tokens."""
+    def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        chains = table[ids.clamp(0, self.vocab_size - 1)].long()
+        chains = chains.masked_fill((ids < 0)[..., None], SILENT)
+        return chains.masked_fill((ids >= self.vocab_size)[..., None], UNSPELLABLE)
+
+    def first_labels(self, last_label: Tensor, last_token: Tensor | None = None) -> Tensor:
+        """[N, V] first label of every token after `last_label`, `last_token` [N]; A for unspellable and A + 1 for
+        silent tokens."""
         in_sentence, between_words = self._first_labels
-        if self.delimiter is None:
+        if self.delimiter is None and self.word_chains is None:
             return in_sentence.expand(len(last_label), -1)
-        return torch.where(self._is_between_words(last_label)[:, None], between_words, in_sentence)
+        return torch.where(self._is_between_words(last_label, last_token)[:, None], between_words, in_sentence)
 
     @cached_property
     def silent_ids(self) -> Tensor:
@@ -126,13 +167,19 @@ class LabelChains:
 
     @cached_property
     def _first_labels(self) -> tuple[Tensor, Tensor]:
-        """[V] first label of each token, with its delimiter and without; A and A + 1 as in `first_labels`."""
+        """[V] first label of each token in mid-sentence and between words; A and A + 1 as in `first_labels`."""
         ids = torch.arange(self.vocab_size, device=self.chains.device)
         in_sentence, between_words = self.spell(ids)[:, 0], self.spell(ids, torch.full_like(ids, _NO_LABEL))[:, 0]
         return in_sentence % (self.num_labels + 2), between_words % (self.num_labels + 2)
 
-    def _is_between_words(self, last_label: Tensor) -> Tensor:
-        return (last_label == _NO_LABEL) | (last_label == self.delimiter)
+    def _is_between_words(self, last_label: Tensor, last_token: Tensor | None) -> Tensor:
+        is_start = last_label == _NO_LABEL
+        if self.delimiter is not None:
+            return is_start | (last_label == self.delimiter)
+        if last_token is None:
+            return is_start
+        is_token = (last_token >= 0) & (last_token < self.vocab_size)
+        return is_start | (self.ends_word[last_token.clamp(0, self.vocab_size - 1)] & is_token)
 
 
 def build_chains(
@@ -141,7 +188,7 @@ def build_chains(
     *,
     num_labels: int,
     blank_id: int,
-    max_length: int = 16,
+    max_length: int = MAX_CHAIN_LENGTH,
     delimiter: int | None = None,
     silent_ids: Iterable[int] = (),
 ) -> LabelChains:
@@ -162,17 +209,29 @@ def build_chains(
         (byte-level tokens that are no valid UTF-8 by themselves): their sound is known only once the last piece is.
         Text that the tokeniser spells in such pieces is thus out of reach; CTC labels in ASCII never need them.
     """
-    special, silent = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}, set(silent_ids)
-    rows: list[list[int] | None] = []
-    for index in range(len(tokenizer)):
-        text = token_text(tokenizer, index)
-        labels = None if index in special or "\ufffd" in text else spell(text)
-        rows.append([] if index in silent else labels if labels is None or len(labels) <= max_length else None)
+    silent = set(silent_ids)
+    rows = [
+        [] if index in silent else None if text is None else spell(text)
+        for index, text in enumerate(token_texts(tokenizer))
+    ]
+    return LabelChains(blank_id, num_labels, chain_table(rows, max_length), delimiter)
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Text of every token; None for special and added tokens and for pieces of characters."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    texts = [None if index in special else token_text(tokenizer, index) for index in range(len(tokenizer))]
+    return [None if text is None or "\ufffd" in text else text for text in texts]
+
+
+def chain_table(rows: Sequence[Sequence[int] | None], max_length: int) -> Tensor:
+    """[V, M] int32, filled up as in `LabelChains`; None, and what is longer than `max_length`, is unspellable."""
+    rows = [None if labels is None or len(labels) > max_length else labels for labels in rows]
     longest = max(1, *(len(labels or ()) for labels in rows))
     padded = [
         [UNSPELLABLE] * longest if labels is None else [*labels, *[SILENT] * (longest - len(labels))] for labels in rows
     ]
-    return LabelChains(blank_id, num_labels, torch.tensor(padded, dtype=torch.int32), delimiter)
+    return torch.tensor(padded, dtype=torch.int32)
 
 
 def character_chains(

@@ -7,6 +7,7 @@ U' labels scored by CTC, C candidate tokens per row, M labels of a token.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,8 +22,23 @@ from .row_tracking import RowTrackingProcessor
 NUM_CANDIDATES = 32
 MARGIN_NATS = 10.0
 
+_NO_TOKEN = -1  # last token of the empty hypothesis
 
-class CTCPrefixLogitsProcessor(RowTrackingProcessor[CTCPrefixState]):
+
+@dataclass(frozen=True, eq=False)
+class HeardRows:
+    """What was heard of N hypotheses.
+
+    Attributes:
+        ctc: their state.
+        last_token: [N] last token of each, -1 before the first: labels alone do not tell of marks between words.
+    """
+
+    ctc: CTCPrefixState
+    last_token: Tensor
+
+
+class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
     """Mixes the CTC prefix score into the next-token scores of any `generate` (greedy, sampling, beam search).
 
     Token c after hypothesis g scores `(1 - weight) * log p_LLM(c) + weight * (psi(g.c) - psi(g))`, where psi is the CTC
@@ -119,28 +135,33 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[CTCPrefixState]):
         self._check_call(input_ids, scores)
         return self._mix(self._track(input_ids), scores)
 
-    def _start(self, num_rows: int) -> CTCPrefixState:
-        return self.scorer.init(num_rows // self.scorer.num_utterances)
+    def _start(self, num_rows: int) -> HeardRows:
+        state = self.scorer.init(num_rows // self.scorer.num_utterances)
+        return HeardRows(state, torch.full_like(state.last_label, _NO_TOKEN))
 
-    def _extend(self, state: CTCPrefixState, parent: Tensor, tokens: Tensor, num_tokens: Tensor) -> CTCPrefixState:
+    def _extend(self, rows: HeardRows, parent: Tensor, tokens: Tensor, num_tokens: Tensor) -> HeardRows:
+        state, last_token = rows.ctc, rows.last_token[parent]
         for position, token in enumerate(tokens.unbind(1)):
             if isinstance(self.label_units, LabelUnits):
                 labels = self.label_units.tokens_to_labels(token)[:, None]
             else:
-                labels = self.label_units.spell(token, state.last_label[parent])  # N, M
-            labels = labels.masked_fill((position >= num_tokens)[:, None], KEEP_LABEL)
+                labels = self.label_units.spell(token, state.last_label[parent], last_token)  # N, M
+            is_over = position >= num_tokens
+            labels = labels.masked_fill(is_over[:, None], KEEP_LABEL)
             state = extend_by_chains(self.scorer, state, parent, labels)
-            parent = torch.arange(len(state), device=parent.device)
-        return state
+            last_token = torch.where(is_over, last_token, token)
+            parent = torch.arange(len(last_token), device=parent.device)
+        return HeardRows(state, last_token)
 
-    def _mix(self, state: CTCPrefixState, scores: Tensor) -> Tensor:
+    def _mix(self, rows: HeardRows, scores: Tensor) -> Tensor:
+        state = rows.ctc
         psi = state.prefix_log_prob
         psi = psi.masked_fill(psi == -math.inf, 0.0)[:, None]  # impossible hypothesis: its continuations are -inf
         normaliser = torch.logsumexp(scores, dim=1, keepdim=True)
         if isinstance(self.label_units, LabelUnits):
             tokens, gain = self._label_gains(self.label_units, state, psi)
         else:
-            tokens, gain = self._chain_gains(self.label_units, state, psi, scores, normaliser)
+            tokens, gain = self._chain_gains(self.label_units, rows, psi, scores, normaliser)
         # An impossible hypothesis may still end.
         eos_gain = (self.scorer.eos(state)[:, None] - psi).clamp(min=LOG_PROB_FLOOR)
 
@@ -164,14 +185,15 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[CTCPrefixState]):
         return tokens, gain.index_select(1, self._labels)
 
     def _chain_gains(
-        self, chains: LabelChains, state: CTCPrefixState, psi: Tensor, scores: Tensor, normaliser: Tensor
+        self, chains: LabelChains, rows: HeardRows, psi: Tensor, scores: Tensor, normaliser: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The candidate tokens of each row and what CTC adds for them: [N, C] each."""
+        state = rows.ctc
         label_scores = score_labels(self.scorer, state)  # N, A
-        promise = self._promise(chains, state, label_scores - psi, scores, normaliser)  # N, V
+        promise = self._promise(chains, rows, label_scores - psi, scores, normaliser)  # N, V
         tokens = promise.topk(min(self.num_candidates, promise.shape[1]), dim=1, sorted=False).indices  # N, C
 
-        labels = chains.spell(tokens, state.last_label[:, None])  # N, C, M
+        labels = chains.spell(tokens, state.last_label[:, None], rows.last_token[:, None])  # N, C, M
         is_silent = labels[:, :, 0] == SILENT
         llm = scores.gather(1, tokens) - normaliser
         # The joint score is weight * (priority + gain).
@@ -183,11 +205,11 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[CTCPrefixState]):
         return tokens, torch.where(is_silent, llm, gain - psi)
 
     def _promise(
-        self, chains: LabelChains, state: CTCPrefixState, gain: Tensor, scores: Tensor, normaliser: Tensor
+        self, chains: LabelChains, rows: HeardRows, gain: Tensor, scores: Tensor, normaliser: Tensor
     ) -> Tensor:
         """[N, V] joint scores by the first label only, `gain` [N, A] in nats, up to a constant per row."""
         scores = scores[:, : chains.vocab_size]  # what is beyond cannot be spelled
-        first = chains.first_labels(state.last_label)[:, : scores.shape[1]]  # N, V
+        first = chains.first_labels(rows.ctc.last_label, rows.last_token)[:, : scores.shape[1]]  # N, V
         gain = torch.nn.functional.pad(self.weight * gain.to(scores.dtype), (0, 2), value=-math.inf)  # N, A+2
         promise = gain.gather(1, first).add_(scores, alpha=1.0 - self.weight)
         # A few hundred tokens may be silent. As elsewhere they get (1 - weight) * normaliser too much.

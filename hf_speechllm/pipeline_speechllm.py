@@ -138,7 +138,8 @@ class SpeechLLMPipeline(SegmentedPipeline):
     averaged. Audio longer than the model was trained on is cut at pauses and transcribed piece by piece.
 
     Registered for the task in place of transformers' own pipeline. Other models get that one, unchanged, or with `lm`
-    one that combines them with a language model: [`CTCFusionPipeline`], [`Seq2SeqRescoringPipeline`].
+    or `ctc_model` one that combines them with a language model or a CTC model: [`CTCFusionPipeline`],
+    [`Seq2SeqRescoringPipeline`].
 
     Args:
         model, tokenizer, feature_extractor, kwargs: As for `AutomaticSpeechRecognitionPipeline`. Options of `generate`
@@ -152,12 +153,19 @@ class SpeechLLMPipeline(SegmentedPipeline):
     """
 
     def __new__(
-        cls, model: PreTrainedModel, *args: Any, lm: LanguageModel | None = None, **kwargs: Any
+        cls,
+        model: PreTrainedModel,
+        *args: Any,
+        lm: LanguageModel | None = None,
+        ctc_model: Any = None,
+        **kwargs: Any,
     ) -> AutomaticSpeechRecognitionPipeline:
         if model.config.model_type == "speechllm":
             return super().__new__(cls)
         from .fusion_pipeline import pipeline_for_lm, refuse_fusion_options  # which builds on this module
 
+        if ctc_model is not None:
+            return pipeline_for_lm(model, has_ctc_model=True)(model, *args, lm=lm, ctc_model=ctc_model, **kwargs)
         if lm is not None:
             return pipeline_for_lm(model)(model, *args, lm=lm, **kwargs)
         refuse_fusion_options(kwargs)

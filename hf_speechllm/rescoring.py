@@ -15,12 +15,28 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, ProcessorMixin
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from .hypothesis import Hypothesis
 from .lm_score import CausalLMScorer
 
 _IMPOSSIBLE = -1.0e8  # beams that transformers fills a list with when there are not enough tokens score -1e9
+
+
+class _SharedAudioCache(EncoderDecoderCache):
+    """Beams change places within an utterance only, and all of its beams hear the same: what is kept of the audio stays
+    where it is. transformers copies it at every step, which takes longer than the step where Whisper is small."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.self_attention_cache.reorder_cache(beam_idx)
 
 
 def rescore_nbest(
@@ -87,6 +103,7 @@ def nbest_from_seq2seq(
     language: str | None = None,
     task: str = "transcribe",
     max_new_tokens: int | None = None,
+    logits_processor: Sequence[LogitsProcessor] = (),
 ) -> list[list[Hypothesis]]:
     """N-best lists of an encoder-decoder ASR model of transformers (Whisper, Moonshine) by beam search.
 
@@ -107,6 +124,8 @@ def nbest_from_seq2seq(
         language: code such as "en"; required for multilingual Whisper, which is not asked to guess it, and only there.
         task: "transcribe" or "translate", for multilingual Whisper.
         max_new_tokens: most tokens after the decoder's prompt, EOS included; None: as the generation config says.
+        logits_processor: further processors, such as [`CTCPrefixLogitsProcessor`]; `am_log_prob` is then the sum of
+            the scores that they leave.
 
     Returns:
         Per utterance up to K hypotheses, best first, `labels` and `text` without prompt, EOS and padding.
@@ -137,6 +156,8 @@ def nbest_from_seq2seq(
         early_stopping="never",
         return_dict_in_generate=True,
         output_scores=True,
+        logits_processor=LogitsProcessorList(logits_processor),
+        past_key_values=_SharedAudioCache(DynamicCache(), DynamicCache()),
         **options,
     )
     eos_token_ids = torch.as_tensor(model.generation_config.eos_token_id, device=prompt.device).reshape(-1)

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_speechllm.ctc_prefix_score import CTCPrefixScorer
 from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
+from hf_speechllm.row_tracking import RowTrackingProcessor
 
 VOCAB_SIZE = 14
 NUM_LABELS = 10  # tokens 0 to 8 and the blank 9; tokens 9 to 13 have no label
@@ -32,12 +33,12 @@ BEAM = {"do_sample": False, "length_penalty": 0.0, "early_stopping": "never"}
 class HookedGPT2(GPT2LMHeadModel):
     """A model that tells the processor which beams survived."""
 
-    ctc_processor: CTCPrefixLogitsProcessor | None = None
+    processor: RowTrackingProcessor | None = None
     num_reorders = 0
 
     def _reorder_cache(self, past_key_values, beam_idx):
         past_key_values.reorder_cache(beam_idx)
-        self.ctc_processor.reorder(beam_idx)
+        self.processor.reorder(beam_idx)
         self.num_reorders += 1
         return past_key_values
 

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_speechllm.bpe_subset import restrict_merges, select_lowercase_tokens, subset_chains
+from hf_speechllm.bpe_subset import (
+    heard_text,
+    restrict_merges,
+    select_lowercase_tokens,
+    subset_chains,
+    writer_chains,
+)
 from hf_speechllm.ctc_prefix_score import CTCPrefixScorer, CTCPrefixState
 from hf_speechllm.label_chains import (
     SILENT,
@@ -137,19 +143,19 @@ def test_sentencepiece_tokens_keep_their_space() -> None:
     assert [spelling(chains, token) for token in range(5)] == [None, "|THE", "THE", "A", None]
 
 
-def trained_tokenizer() -> PreTrainedTokenizerFast:
+def trained_tokenizer(vocab_size: int = 480, texts: tuple[str, ...] | None = None) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=480,
+        vocab_size=vocab_size,
         min_frequency=1,
         special_tokens=["</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     words = " the other brother's mother didn't bother then, nor did another; there they gathered thirteen feathers."
-    backend.train_from_iterator([words, words, words.upper()], trainer)
+    backend.train_from_iterator([words, words, words.upper()] if texts is None else texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
 
 
@@ -180,6 +186,160 @@ def test_subset_chains_ignore_case_and_punctuation() -> None:
         labels = [label for label in chains.spell(torch.tensor(ids)).flatten().tolist() if label != SILENT]
         assert TOKENIZER.decode([label_ids[label] for label in labels]) == " the other"
     assert len(labels) > len(TOKENIZER(" the other").input_ids)
+
+
+# Another tokeniser writes.
+
+WRITER = trained_tokenizer(
+    420, (" The others' brother, the mother: her other brother's. (There) 'they' gathered - thirteen - feathers!",) * 3
+)
+WRITER_CHAINS = {size: writer_chains(WRITER, TOKENIZER, select_lowercase_tokens(TOKENIZER, size)) for size in (28, 60)}
+
+
+def labels_of_text(chains: LabelChains, ids: list[int]) -> list[int]:
+    """The labels of a text, token by token as in a search."""
+    labels: list[int] = []
+    for position, token in enumerate(ids):
+        last_label, last_token = (labels or [-1])[-1], ids[position - 1] if position else -1
+        chain = chains.spell(torch.tensor(token), torch.tensor(last_label), torch.tensor(last_token)).tolist()
+        assert chain[0] != UNSPELLABLE
+        labels += [label for label in chain if label != SILENT]
+    return labels
+
+
+def heard(size: int, text: str) -> str:
+    """How a text of WRITER is spelled."""
+    label_ids = select_lowercase_tokens(TOKENIZER, size)
+    return TOKENIZER.decode([label_ids[label] for label in labels_of_text(WRITER_CHAINS[size], WRITER(text).input_ids)])
+
+
+marks = st.sampled_from([" ", ", ", ' "', '" ', " (", "-", " - ", "... ", "?! ", "\n", '," '])
+
+
+@given(st.lists(st.tuples(words, marks), min_size=1, max_size=5), st.booleans(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_letters_spell_whatever_another_tokeniser_writes(parts: list, is_upper: bool, has_space: bool) -> None:
+    """Every border between tokens is one between labels, so that spelling is exact: words and single spaces."""
+    parts = [(word.strip("'") or "the", mark) for word, mark in parts]
+    text = " " * has_space + "".join(word + mark for word, mark in parts)
+    want = "".join(f" {word}" for word, _ in parts)
+    assert heard(28, text.upper() if is_upper else text) == want
+
+
+def test_words_of_one_token_are_spelled_as_ctc_was_taught() -> None:
+    label_ids = select_lowercase_tokens(TOKENIZER, 60)
+    restricted = restrict_merges(TOKENIZER, label_ids)
+    tokens = {WRITER.decode([index]) for index in range(len(WRITER))}
+    found = {token for token in tokens if token.startswith(" ") and token[1:].islower() and token[1:].isalpha()}
+    assert {" the", " brother"} <= found and len(found) > 10
+    for word in found:
+        spelled = [label_ids[label] for label in labels_of_text(WRITER_CHAINS[60], WRITER(word).input_ids)]
+        assert spelled == restricted(word).input_ids
+
+
+def test_a_word_begins_with_its_space_wherever_it_stands() -> None:
+    """At the start, behind marks of their own tokens, and within a token; but not behind the beginning of a word."""
+    assert heard(60, "the") == heard(60, " the") == heard(60, '"the') == heard(60, " -the") == " the"
+    chains, the = WRITER_CHAINS[60], WRITER.convert_tokens_to_ids("the")
+    before = {token: WRITER.convert_tokens_to_ids(token) for token in ("Ġ(", "-", "o", "'", "Ġ")}
+    some_label = torch.tensor(3)
+    spelled = {
+        token: chains.spell(torch.tensor(the), some_label, torch.tensor(index)).tolist()
+        for token, index in before.items()
+    }
+    assert spelled["Ġ("] == spelled["-"] == spelled["Ġ"] != spelled["o"] == spelled["'"]
+    assert spelled["o"] == chains.chains[the].tolist()
+    assert chains.spell(torch.tensor(the), some_label, None).tolist() == spelled["o"]
+    assert chains.spell(torch.tensor(the), some_label, torch.tensor(len(WRITER) + 5)).tolist() == spelled["o"]
+
+
+@pytest.mark.parametrize(
+    ("text", "in_word", "between_words"),
+    [
+        (" The", " the", " the"),
+        ("THE", "the", " the"),
+        ("-known", " known", " known"),
+        ("e-mail", "e mail", " e mail"),
+        ("'s", "'s", " s"),
+        ("\u2019s", "'s", " s"),
+        ("'", "'", ""),
+        (" '", "", ""),
+        (" 'cause", " cause", " cause"),
+        ('."', "", ""),
+        (" ", "", ""),
+        ("", "", ""),
+        ("snake_case", "snake case", " snake case"),
+        (" caf\u00e9", " caf\u00e9", " caf\u00e9"),
+        ("7", None, None),
+        (" 5%", None, None),
+        ("$", None, None),
+        ("\u0301", None, None),
+    ],
+)
+def test_heard_text(text: str, in_word: str | None, between_words: str | None) -> None:
+    assert (heard_text(text, False), heard_text(text, True)) == (in_word, between_words)
+
+
+def test_what_a_writer_cannot_spell_and_what_is_silent() -> None:
+    texts = ["a", "7", "\u00e9", " $", ".", "the" * 20]
+    writer = tokenizer_of(texts, (AddedToken("<|0.00|>"), AddedToken("<|x|>", special=True)))
+    label_ids = select_lowercase_tokens(TOKENIZER, 28)
+    chains = writer_chains(writer, TOKENIZER, label_ids, silent_ids=[len(texts) + 2])
+    first = chains.chains[:, 0].tolist()
+    assert [label == UNSPELLABLE for label in first] == [True] * 2 + [False, True, True, True, False, True, False, True]
+    assert [label == SILENT for label in first] == [False] * 6 + [True, False, True, False]
+    assert chains.ends_word.tolist() == [False] * 5 + [True, True, False, True, False]
+    assert (chains.blank_id, chains.num_labels, chains.vocab_size) == (28, 29, len(writer))
+
+
+def test_labels_of_a_writer_need_a_byte_level_bpe() -> None:
+    backend = Tokenizer(models.WordPiece(vocab={"a": 0, "<s>": 1}, unk_token="<s>"))
+    wordpiece = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(ValueError, match="tokenizer: a byte-level BPE .* is expected, got a model of type WordPiece"):
+        writer_chains(WRITER, wordpiece, [0])
+
+
+def test_first_labels_between_words() -> None:
+    word_chains = torch.tensor([[3, 1], [4, -1], [-1, -1], [-2, -2]])
+    ends_word = torch.tensor([False, False, True, True])
+    chains = LabelChains(
+        0, 5, torch.tensor([[1, -1], [2, 3], [-1, -1], [-2, -2]]), word_chains=word_chains, ends_word=ends_word
+    ).to(torch.device("cpu"))
+    last_label, last_token = torch.tensor([-1, 2, 2, 2]), torch.tensor([-1, 0, 2, 9])
+    spelled = chains.spell(torch.arange(4).expand(4, -1), last_label[:, None], last_token[:, None])[:, :, 0]
+    positions = spelled.masked_fill(spelled == SILENT, 6).masked_fill(spelled == UNSPELLABLE, 5)
+    assert torch.equal(chains.first_labels(last_label, last_token), positions)
+    assert positions[:, 0].tolist() == [3, 1, 3, 1]
+    assert chains.silent_ids.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"word_chains": torch.tensor([[1, 2]])},
+            r"expected both of them, .* got word_chains=\(1, 2\), ends_word=None",
+        ),
+        ({"ends_word": torch.tensor([True])}, r"word_chains=None, ends_word=\(1,\), delimiter=None"),
+        (
+            {"word_chains": torch.tensor([[1, 2]]), "ends_word": torch.tensor([True]), "delimiter": 1},
+            "without a delimiter, or neither, .* delimiter=1",
+        ),
+        (
+            {"word_chains": torch.tensor([[1]]), "ends_word": torch.tensor([True])},
+            r"expected shape \(1, 2\) like chains",
+        ),
+        ({"word_chains": torch.tensor([[1, 2]]), "ends_word": torch.tensor([1])}, r"bool \(1,\), got .* torch.int64"),
+        ({"word_chains": torch.tensor([[1, 2]]), "ends_word": torch.tensor([True] * 2)}, r"got \(1, 2\) and .* \(2,\)"),
+        (
+            {"word_chains": torch.tensor([[1, 5]]), "ends_word": torch.tensor([True])},
+            "word_chains: expected labels from",
+        ),
+    ],
+)
+def test_word_chains_that_do_not_fit(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LabelChains(0, 5, torch.tensor([[1, 2]]), **options)
 
 
 def table(rows: list[list[int]], delimiter: int | None = None) -> LabelChains:

@@ -112,10 +112,10 @@ def test_hook_matching_and_recomputing_agree(kind: str, num_beams: int, monkeypa
     options = {"num_beams": num_beams, "num_return_sequences": num_beams} | (BEAM if num_beams > 1 else {})
     matching = run(model, two_utterance_processor(), inputs, **options)
     recompute = run(model, two_utterance_processor(parents="recompute"), inputs, **options)
-    hooked.ctc_processor = two_utterance_processor()
+    hooked.processor = two_utterance_processor()
     if num_beams > 1:
         monkeypatch.setattr(CTCPrefixLogitsProcessor, "_match", None)  # the hook alone must do
-    hook = run(hooked, hooked.ctc_processor, inputs, **options)
+    hook = run(hooked, hooked.processor, inputs, **options)
     assert (hooked.num_reorders > 0) == (num_beams > 1)
     for other in (recompute, hook):
         assert torch.equal(other.sequences, matching.sequences)
@@ -452,8 +452,6 @@ def test_wrong_hook_is_refused() -> None:
 def test_hook_speaks_of_the_next_call_only() -> None:
     model = tiny_gpt2(HookedGPT2)
     inputs = prompt_inputs(model, "inputs_embeds", 2)
-    model.ctc_processor = two_utterance_processor()
-    run(model, model.ctc_processor, inputs, num_beams=3, **BEAM)  # its last reorder is never asked for
-    assert (
-        run(model, model.ctc_processor, inputs).new_tokens == run(model, two_utterance_processor(), inputs).new_tokens
-    )
+    model.processor = two_utterance_processor()
+    run(model, model.processor, inputs, num_beams=3, **BEAM)  # its last reorder is never asked for
+    assert run(model, model.processor, inputs).new_tokens == run(model, two_utterance_processor(), inputs).new_tokens

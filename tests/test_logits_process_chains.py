@@ -121,8 +121,8 @@ def test_chains_hook_matching_recomputing_and_single_agree(num_beams: int) -> No
     pruned = {"num_candidates": 4, "margin": 5.0}
     matching = run(model, chain_processor(**pruned), inputs, **options)
     recompute = run(model, chain_processor(**pruned, parents="recompute"), inputs, **options)
-    hooked.ctc_processor = chain_processor(**pruned)
-    hook = run(hooked, hooked.ctc_processor, inputs, **options)
+    hooked.processor = chain_processor(**pruned)
+    hook = run(hooked, hooked.processor, inputs, **options)
     assert recompute.new_tokens == hook.new_tokens == matching.new_tokens
     for row in range(2):
         scorer = CTCPrefixScorer.from_log_probs(chain_log_probs()[row : row + 1], torch.tensor([9 - 2 * row]), 4)

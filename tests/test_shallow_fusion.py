@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from joint_search_reference import HookedGPT2
 from tiny_models import tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedModel
 
@@ -28,19 +29,6 @@ def llama(seed: int, vocab_size: int = VOCAB_SIZE, scale: float = 0.9) -> PreTra
         pad_token_id=PAD,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-class HookedGPT2(GPT2LMHeadModel):
-    """A model that tells the processor which beams survived."""
-
-    fusion: ShallowFusionLogitsProcessor | None = None
-    num_reorders = 0
-
-    def _reorder_cache(self, past_key_values, beam_idx):
-        past_key_values.reorder_cache(beam_idx)
-        self.fusion.reorder(beam_idx)
-        self.num_reorders += 1
-        return past_key_values
 
 
 def gpt2(cls: type[GPT2LMHeadModel] = GPT2LMHeadModel) -> GPT2LMHeadModel:
@@ -192,7 +180,7 @@ def test_hook_and_matching_give_the_same(external) -> None:
         model = gpt2(cls)
         processor = ShallowFusionLogitsProcessor(external, 0.8, eos_token_id=EOS)
         if cls is HookedGPT2:
-            model.fusion = processor
+            model.processor = processor
         outputs[cls] = model.generate(
             PROMPT, max_new_tokens=9, num_beams=4, num_return_sequences=4, logits_processor=[Recorder(processor, 2)],
             **BEAM,

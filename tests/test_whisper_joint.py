@@ -1,4 +1,4 @@
-"""Joint decoding of a model that is not ours: Whisper, with CTC over characters."""
+"""Joint decoding of a model that is not ours: Whisper, with CTC over characters or over sub-words of another LLM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from ctc_reference import textbook_prefix_log_prob
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     WhisperConfig,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from hf_speechllm import base_model
+from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, writer_chains
 from hf_speechllm.ctc_prefix_score import CTCPrefixScorer
 from hf_speechllm.label_chains import character_chains
 from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
@@ -130,7 +132,7 @@ def test_time_stamps_are_silent() -> None:
     torch.testing.assert_close(after_stamp, plain(prompt, words))
     after_word = joint(torch.cat((prompt, torch.tensor([[stamp, the]])), 1), scores)
     want = textbook_prefix_log_prob(posterior("the cat"), BLANK, labels_of("the"))[0]
-    assert float(joint._step.state.prefix_log_prob[0]) == pytest.approx(want, abs=1e-4)
+    assert float(joint._step.state.ctc.prefix_log_prob[0]) == pytest.approx(want, abs=1e-4)
     assert (after_word[:, TIMESTAMP_IDS] > -torch.inf).any()
 
 
@@ -141,7 +143,7 @@ def test_the_prompt_of_whisper_is_not_speech() -> None:
     text = TOKENIZER.decode([token for token in joint._step.ids[0].tolist() if token < len(WORDS)])
     want = textbook_prefix_log_prob(posterior("the cat"), BLANK, labels_of(words_of(text)))[0]
     assert words_of(text) == "the cat"
-    assert float(joint._step.state.prefix_log_prob[0]) == pytest.approx(want, abs=1e-4)
+    assert float(joint._step.state.ctc.prefix_log_prob[0]) == pytest.approx(want, abs=1e-4)
     assert joint._step.prompt_width == 4
     assert out.tolist()[-1] == EOS or len(out) > 1
 
@@ -149,6 +151,148 @@ def test_the_prompt_of_whisper_is_not_speech() -> None:
 def words_of(text: str) -> str:
     """Lower-case words with one space between them; punctuation and hyphens are left out."""
     return " ".join("".join(c for c in text.lower().replace("-", " ") if c.isalpha() or c in " '").split())
+
+
+def llm_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with letters and a few merges, none of which is a token of Whisper's."""
+    merges = [("Ġ", "t"), ("Ġt", "h"), ("Ġ", "h"), ("Ġh", "a"), ("a", "t"), ("'", "s"), ("c", "at")]
+    tokens = [*string.ascii_lowercase, "'", "Ġ", *("".join(merge) for merge in merges), "</s>"]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+LLM_TOKENIZER = llm_tokenizer()
+SUBWORDS = select_lowercase_tokens(LLM_TOKENIZER, NUM_CHARACTERS + 7)
+SUBWORD_CHAINS = writer_chains(TOKENIZER, LLM_TOKENIZER, SUBWORDS)
+
+
+def subword_labels(text: str) -> list[int]:
+    """As CTC is taught: every word with its space, the first too."""
+    ids = restrict_merges(LLM_TOKENIZER, SUBWORDS)(f" {text}").input_ids
+    return [SUBWORDS.index(index) for index in ids]
+
+
+def subword_posterior(text: str, confidence: float = 0.98) -> torch.Tensor:
+    """[T, A] log-probs of CTC over sub-words, blank last: each label for one frame, then a frame of blank."""
+    blank = len(SUBWORDS)
+    path = [blank, *(label for each in subword_labels(text) for label in (each, blank))]
+    probs = torch.full((len(path), blank + 1), (1.0 - confidence) / blank)
+    probs[torch.arange(len(path)), path] = confidence
+    return probs.log()
+
+
+def subword_processor(*texts: str, weight: float = 0.95, **options) -> CTCPrefixLogitsProcessor:
+    log_probs = [subword_posterior(text) for text in texts]
+    lengths = torch.tensor([len(row) for row in log_probs])
+    padded = torch.nn.utils.rnn.pad_sequence(log_probs, batch_first=True)
+    scorer = CTCPrefixScorer.from_log_probs(padded, lengths, len(SUBWORDS))
+    return CTCPrefixLogitsProcessor(scorer, weight, EOS, SUBWORD_CHAINS, **options)
+
+
+@pytest.mark.parametrize("options", [{}, BEAM])
+def test_whisper_writes_what_ctc_over_other_sub_words_heard(options: dict) -> None:
+    model = tiny_whisper(False)
+    for text in ("the cat's hat", "hat at the cat"):
+        out = generate(model, subword_processor(text), **options)
+        assert words_of(TOKENIZER.decode(out, skip_special_tokens=True)) == text
+
+
+def test_the_state_of_other_sub_words_is_that_of_their_text() -> None:
+    """With and without a space before the first word, behind a mark, and in whatever case."""
+    scores = torch.randn(1, len(TOKENIZER), generator=torch.Generator().manual_seed(0))
+    for tokens, text in (
+        ([" the", " cat", "'s", " hat"], "the cat's hat"),
+        (["The", ",", "cat", ",", " Cat"], "the cat cat"),
+        ([",", "cat", "at"], "catat"),
+    ):
+        joint = subword_processor("the cat's hat")
+        ids = torch.tensor([[START]])
+        joint(ids, scores)
+        for token in tokens:
+            ids = torch.cat((ids, torch.tensor([[WORDS.index(token)]])), 1)
+            joint(ids, scores)
+        want = textbook_prefix_log_prob(subword_posterior("the cat's hat"), len(SUBWORDS), subword_labels(text))[0]
+        assert float(joint._step.state.ctc.prefix_log_prob[0]) == pytest.approx(want, abs=1e-4)
+
+
+def test_scores_behind_a_mark_are_those_of_a_new_word() -> None:
+    """Against plain enumeration: a token between words scores as the labels of a word with its space."""
+    joint = subword_processor("the cat", weight=0.7, num_candidates=len(TOKENIZER), margin=float("inf"))
+    scores = torch.randn(1, len(TOKENIZER), generator=torch.Generator().manual_seed(3))
+    scores[0, WORDS.index("cat")] = 3.0
+    llm, log_probs, blank = scores.log_softmax(1)[0], subword_posterior("the cat"), len(SUBWORDS)
+    ids = torch.tensor([[START]])
+    joint(ids, scores)
+    for token in (" the", ","):
+        ids = torch.cat((ids, torch.tensor([[WORDS.index(token)]])), 1)
+        out = joint(ids, scores)[0]
+    psi = textbook_prefix_log_prob(log_probs, blank, subword_labels("the"))[0]
+    for token, text in (("cat", "the cat"), (" cat", "the cat"), ("at", "the at"), ("x", "the x")):
+        gain = textbook_prefix_log_prob(log_probs, blank, subword_labels(text))[0] - psi
+        want = 0.3 * float(llm[WORDS.index(token)]) + 0.7 * gain
+        assert float(out[WORDS.index(token)]) == pytest.approx(want, abs=1e-4)
+    assert float(out[WORDS.index(" 9")]) == -torch.inf
+    few = subword_processor("the cat", weight=0.7, num_candidates=3)
+    for width in range(1, ids.shape[1] + 1):
+        proposed = few(ids[:, :width], scores)[0]
+    is_proposed = proposed > -torch.inf
+    assert is_proposed.sum() == 4 and torch.equal(proposed[is_proposed], out[is_proposed])  # EOS is no candidate
+    assert is_proposed[WORDS.index("cat")]
+    for silent in (",", "'"):  # between words an apostrophe is a quotation mark
+        assert float(out[WORDS.index(silent)]) == pytest.approx(float(llm[WORDS.index(silent)]), abs=1e-5)
+
+
+def test_the_last_token_moves_with_its_beam() -> None:
+    """Beams change places after one of them ended in a mark."""
+    scores = torch.randn(2, len(TOKENIZER), generator=torch.Generator().manual_seed(3))
+    steps = [
+        [[], []],
+        [[" the"], [" cat"]],
+        [[" the", ","], [" cat", "at"]],
+        [[" cat", "at", "cat"], [" the", ",", "cat"]],
+    ]
+    found = []
+    for parents in ("auto", "recompute"):
+        joint = subword_processor("the cat", weight=0.7, parents=parents)
+        for rows in steps:
+            out = joint(torch.tensor([[START, *map(WORDS.index, row)] for row in rows]), scores)
+        found.append((out, joint._step.state.ctc.prefix_log_prob))
+    assert torch.equal(found[0][0], found[1][0])
+    want = [
+        textbook_prefix_log_prob(subword_posterior("the cat"), len(SUBWORDS), subword_labels(text))[0]
+        for text in ("catatcat", "the cat")
+    ]
+    assert found[0][1].tolist() == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_beams_that_end_in_marks_are_followed(num_beams: int) -> None:
+    """The last token is a part of the state: matched parents, recomputed states and single utterances agree."""
+    texts = ("the cat's hat", "at the hat")
+    options = {"num_beams": num_beams, "num_return_sequences": num_beams, "max_new_tokens": 8}
+    options |= BEAM | {"num_beams": num_beams} if num_beams > 1 else {}
+    comma = torch.nn.functional.one_hot(torch.tensor(WORDS.index(",")), len(TOKENIZER))
+    model = tiny_whisper(False)
+    features = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1))
+
+    def nbest(rows: slice, **how) -> list[list[int]]:
+        joint = subword_processor(*texts[rows], weight=0.5, **how)
+        prompt = torch.full((len(texts[rows]), 1), START)
+        out = GenerationMixin.generate(
+            model,
+            features[rows],
+            decoder_input_ids=prompt,
+            logits_processor=[lambda ids, scores: scores + 4.0 * comma, joint],
+            **options,
+        )
+        return [[token for token in row if token != EOS] for row in out.tolist()]
+
+    together = nbest(slice(0, 2))
+    assert together == nbest(slice(0, 2), parents="recompute")
+    assert together == nbest(slice(0, 1)) + nbest(slice(1, 2))
+    assert any(WORDS.index(",") in row[:-1] for row in together)
 
 
 @pytest.mark.slow
