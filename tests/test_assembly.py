@@ -27,8 +27,8 @@ from hf_speechllm.assembly import assemble, load_trained_parts, load_trained_wei
 from hf_speechllm.bpe_subset import restrict_merges
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from training.arguments import DataArguments, ModelArguments, Stage, TuningArguments
+from training.checkpoints import save_trained
 from training.train import build_model, recipe, set_trainable
-from training.trainer import save_trained
 
 # As an attribute of the package, this name is the function.
 default_model_module = importlib.import_module("hf_speechllm.default_model")
@@ -82,7 +82,7 @@ def trained_folder(
     save_trained(model, names, folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {})
+    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {}, {})
     (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
     return model.eval(), processor
 

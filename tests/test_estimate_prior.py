@@ -88,6 +88,26 @@ def test_the_command_writes_the_prior_of_a_manifest(tmp_path, monkeypatch, capsy
         assert float(model.ctc_head.log_prior[:-1].exp().sum()) == pytest.approx(1.0, abs=1e-4)
 
 
+def test_all_manifests_count_up_to_the_limit(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    for name, texts in (("first", ["an ant", "a"]), ("second", ["the thing", "tin"])):
+        rows = [{"audio_filepath": "0.wav", "text": text, "duration": 1.0} for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counted = []
+
+    def count(model, processor, texts):
+        counted.append(texts)
+        return transcript_prior(model, processor, texts)
+
+    monkeypatch.setattr(estimate_prior, "transcript_prior", count)
+    manifests = [str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")]
+    command = ["estimate_prior", str(tmp_path / "model"), *manifests, "--source", "transcripts", "--limit", "3"]
+    monkeypatch.setattr("sys.argv", command)
+    estimate_prior.main()
+    assert counted == [["an ant", "a", "the thing"]]
+
+
 def test_a_manifest_without_labels_is_refused():
     with pytest.raises(ValueError, match="manifest: no label was found"):
         transcript_prior(tiny_model(), tiny_processor(), [""])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_assembly import audio_folder, language_model_folder  # noqa: F401 (a fixture)
 from tiny_models import TEXT_CONFIGS, noise, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from hf_speechllm import CausalLMScorer
 from training import finetune_llm
@@ -186,9 +186,9 @@ def test_it_learns_and_its_result_is_a_language_model(case, data_dir, llm_folder
     assert json.loads((data_dir / "out/perplexity.json").read_text()) == perplexities
     assert not (data_dir / "out/trained").exists() and not (final / "adapter_config.json").exists()
     # What it saw as effective is a config for the same run.
-    effective = yaml.safe_load((final / "finetune_llm.yaml").read_text())
+    effective = yaml.safe_load((final / "training.yaml").read_text())
     assert effective["tuning"]["llm"] == tuning.get("llm", "full") and effective["data"]["max_tokens"] == 40
-    assert load_run(final / "finetune_llm.yaml", data_dir / "out").effective == effective
+    assert load_run(final / "training.yaml", data_dir / "out").effective == effective
     # As the language model of a speech LLM.
     units = {"ctc_units": "llm"} if "new" in case else {"ctc_units": "subset", "ctc_subset_size": 30}
     speech_llm, processor = build_model(ModelArguments(audio_folder, str(final), **units))
@@ -221,6 +221,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(data_dir, llm
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
     trained = load_file(data_dir / "out/checkpoint-6/trained.safetensors")
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_one_process_alone_writes(data_dir, llm_folder, monkeypatch):
+    run = run_of(data_dir, llm_folder)
+    model, tokenizer = finetune_llm.build(run)
+    trainer = LanguageModelTrainer(model=model, args=run.training, tokenizer=tokenizer, eval_texts={}, effective={})
+    for should_save in (False, True):
+        monkeypatch.setattr(TrainingArguments, "should_save", should_save)
+        trainer._save(str(data_dir / "saved"))
+        assert (data_dir / "saved/trained.safetensors").exists() == should_save
 
 
 def test_gradient_accumulation_leaves_the_result_as_it_is(data_dir, llm_folder):

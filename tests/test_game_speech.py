@@ -13,6 +13,7 @@ from transformers import MoonshineConfig, MoonshineForConditionalGeneration
 from training import game_speech, pseudo_labels
 from training.game_speech import Clip, amazon_queen_clips, drascula_clips, steel_sky_clips
 from training.pseudo_labels import Transcription, joined_lines, label, transcribe, transcribe_clips, write_shards
+from training.shards import Utterance
 
 
 def _tone(samples: int, rate: int) -> np.ndarray:
@@ -98,24 +99,28 @@ def _clips(lengths_s: list[float]) -> list[Clip]:
 def test_joined_lines_keep_every_line_once_and_in_order():
     clips = _clips([1.0, 2.0, 9.0, 1.0, 6.0, 3.0, 1.0, 1.0])
     texts = {clip.name: f"line{clip.name}" for clip in clips if clip.name != "03"}
-    utterances = list(joined_lines(clips, texts, np.random.default_rng(3)))
-    assert " ".join(text for _, text in utterances).split() == [f"line{i:02d}" for i in (0, 1, 2, 4, 5, 6, 7)]
-    assert any(len(text.split()) > 1 for _, text in utterances)
-    for waveform, text in utterances:
+    utterances = list(joined_lines(clips, texts, np.random.default_rng(3), {"engine": "queen"}))
+    assert all(utterance.origin == {"engine": "queen"} for utterance in utterances)
+    assert " ".join(utterance.text for utterance in utterances).split() == [
+        f"line{i:02d}" for i in (0, 1, 2, 4, 5, 6, 7)
+    ]
+    assert any(len(utterance.text.split()) > 1 for utterance in utterances)
+    for waveform, text in ((utterance.waveform, utterance.text) for utterance in utterances):
         assert len(waveform) / 16000 <= 14.0 + 0.7 * len(text.split())
         assert "line02 line04" not in text  # line 3 lies between them
         heard = [f"line{round(value * 100) - 1:02d}" for value in dict.fromkeys(waveform[waveform > 0].tolist())]
         assert heard == text.split()
 
 
-def test_shards_hold_the_utterances(tmp_path, monkeypatch):
-    monkeypatch.setattr(pseudo_labels, "SHARD_S", 2.5)
-    utterances = [(clip.waveform, f"text {clip.name}") for clip in _clips([1.0, 2.0, 1.5])]
-    assert write_shards(iter(utterances), tmp_path, "queen", "free") == 2
+def test_shards_hold_the_utterances(tmp_path):
+    utterances = [
+        Utterance(clip.waveform, f"text {clip.name}", {"licence": "free"}) for clip in _clips([1.0, 2.0, 1.5])
+    ]
+    assert write_shards(iter(utterances), tmp_path, "queen", 2.5) == ["queen-00000", "queen-00001"]
     records = [json.loads(line) for path in sorted(tmp_path.glob("*.jsonl")) for line in path.read_text().splitlines()]
     assert [record["audio_filepath"] for record in records] == ["queen-00000.flac"] * 2 + ["queen-00001.flac"]
-    for record, (waveform, text) in zip(records, utterances, strict=True):
-        start = round(record["offset"] * 16000)
+    for record, utterance in zip(records, utterances, strict=True):
+        start, waveform, text = round(record["offset"] * 16000), utterance.waveform, utterance.text
         read, _ = soundfile.read(tmp_path / record["audio_filepath"], start=start, frames=len(waveform))
         assert record["text"] == text and record["licence"] == "free"
         assert np.abs(read - waveform).max() < 1e-4 and round(record["duration"] * 16000) == len(waveform)
@@ -210,3 +215,57 @@ def test_the_last_shard_of_a_game_is_development_data(tmp_path, monkeypatch):
     pseudo_labels.main()
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert {path.suffix for path in (tmp_path / "dev").iterdir()} == {".flac", ".jsonl"}
+
+
+def test_a_game_is_made_once_all_of_its_shards_are_there(tmp_path, monkeypatch):
+    """A kill between two shards leaves some of them in the folder for training, and none for development."""
+    clips = _clips([1.0] * 8)
+    heard = {clip.name: Transcription(f"Line {clip.name}.", -0.1) for clip in clips}
+    package = game_speech.Package("debian", "some-game", "", "free")
+    monkeypatch.setattr(pseudo_labels, "GAMES", {"some": (package, lambda cache: iter(clips))})
+    monkeypatch.setattr(pseudo_labels, "transcribe_clips", lambda clips, path: {c.name: heard[c.name] for c in clips})
+    monkeypatch.setattr(pseudo_labels, "SHARD_S", 1.0)
+    train, dev = tmp_path / "train", tmp_path / "dev"
+    write_shard = pseudo_labels.write_shard
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupted(utterances, out, name):
+            if name.endswith("2"):
+                raise KeyboardInterrupt
+            return write_shard(utterances, out, name)
+
+        patch.setattr(pseudo_labels, "write_shard", interrupted)
+        pseudo_labels.make_game("some", tmp_path, train, dev)
+    assert list(train.glob("*.jsonl")) and not pseudo_labels.is_made("some", dev)
+    pseudo_labels.make_game("some", tmp_path, train, dev)
+    assert pseudo_labels.is_made("some", dev)
+
+
+def test_a_share_of_a_game_is_its_first_lines_in_shorter_shards(tmp_path, monkeypatch):
+    clips = _clips([1.0] * 60)
+    package = game_speech.Package("debian", "some-game", "", "free")
+    monkeypatch.setattr(pseudo_labels, "GAMES", {"some": (package, lambda cache: iter(clips))})
+    sure = Transcription("Yes.", -0.1)
+    monkeypatch.setattr(pseudo_labels, "transcribe_clips", lambda clips, path: {c.name: sure for c in clips})
+    monkeypatch.setattr(pseudo_labels, "SHARD_S", 40.0)
+    words = []
+    for share in (0.01, 0.5):
+        out = tmp_path / str(share)
+        pseudo_labels.make_game("some", tmp_path, out / "train", out / "dev", share)
+        manifests = out.rglob("*.jsonl")
+        words.append("".join(path.read_text() for path in manifests).count("yes"))
+        share_s = max(sum(json.loads(x)["duration"] for x in p.read_text().splitlines()) for p in out.rglob("*.jsonl"))
+        assert share_s < 40 * share + 16
+    assert words == [pseudo_labels.MIN_LINES, 30]
+
+
+def test_too_few_sure_lines_are_an_error(tmp_path, monkeypatch):
+    clips = _clips([1.0, 1.0])
+    package = game_speech.Package("debian", "some-game", "", "free")
+    monkeypatch.setattr(pseudo_labels, "GAMES", {"some": (package, lambda cache: iter(clips))})
+    monkeypatch.setattr(
+        pseudo_labels, "transcribe_clips", lambda clips, path: {c.name: Transcription("hm", -1) for c in clips}
+    )
+    with pytest.raises(RuntimeError, match="some: 0 of 2 lines are sure, too few for two shards"):
+        pseudo_labels.make_game("some", tmp_path, tmp_path / "train", tmp_path / "dev")
+    assert not pseudo_labels.is_made("some", tmp_path / "dev")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from training import real_speech
 from training.real_speech import POCKETSPHINX, Recording, librivox_recordings, reference_text
 from training.real_speech import write_manifest as write
 
@@ -58,3 +59,21 @@ def test_manifest_needs_ffmpeg(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="ffmpeg"):
         write(iter([]), tmp_path, "set")
+
+
+def test_a_share_of_the_recordings_is_the_first_of_each_set(tmp_path, monkeypatch):
+    written = {}
+
+    def note(recordings, out, name):
+        written[name] = [recording.text for recording in recordings]
+        return [{"duration": 1.0 + index % 2} for index in range(len(written[name]))]
+
+    recordings = [Recording(tmp_path, str(index), "here", "CC0") for index in range(100)]
+    for name in ("asterisk", "librivox", "dev"):
+        monkeypatch.setattr(real_speech, f"{name}_recordings", lambda cache: iter(recordings))
+    monkeypatch.setattr(real_speech, "write_manifest", note)
+    for share, count in ((1.0, 100), (0.5, 50), (0.001, 20)):
+        real_speech.make_manifests(tmp_path, tmp_path, share)
+        assert written == dict.fromkeys(("asterisk", "librivox", "dev"), [str(index) for index in range(count)])
+    assert len((tmp_path / "asterisk_2s.jsonl").read_text().splitlines()) == 10
+    assert not real_speech.is_made(tmp_path)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from training import synthesize
-from training.synthesize import make_utterance, shard_rng, synthesize_shard, write_shard
+from training import shards, synthesize
+from training.shards import take_utterances, write_shard
+from training.synthesize import make_utterance, num_shards, shard_rng, synthesize_shard, utterances
 from training.texts import Sentence, SentenceSampler
 from training.voices import SAMPLING_RATE, Voice, random_voice, speak, trim
 
@@ -119,8 +120,8 @@ def test_audio_is_renamed_before_the_manifest(tone_job, monkeypatch):
     """Whoever sees a manifest finds its audio."""
     make, _, out = tone_job
     renamed = []
-    replace = synthesize.os.replace
-    monkeypatch.setattr(synthesize.os, "replace", lambda a, b: (renamed.append(Path(b).suffix), replace(a, b)))
+    replace = shards.os.replace
+    monkeypatch.setattr(shards.os, "replace", lambda a, b: (renamed.append(Path(b).suffix), replace(a, b)))
     make(0)
     assert renamed == [".flac", ".jsonl"]
     assert sorted(path.suffix for path in out.iterdir()) == [".flac", ".jsonl"]
@@ -181,5 +182,11 @@ def test_shard_rng_depends_on_all_arguments():
 
 
 def test_write_shard_returns_its_seconds(sampler, tmp_path):
-    seconds = write_shard(ToneEngine(), sampler, tmp_path, "x", np.random.default_rng(0), shard_s=5.0)
+    stream = utterances(ToneEngine(), sampler, np.random.default_rng(0))
+    seconds = write_shard(take_utterances(stream, 5.0), tmp_path, "x")
     assert soundfile.info(tmp_path / "x.flac").duration == pytest.approx(seconds)
+
+
+def test_hours_are_at_least_one_shard():
+    assert [num_shards(hours) for hours in (0.001, 0.1, 0.24, 0.26, 12)] == [1, 1, 1, 2, 72]
+    assert num_shards(0.001, shard_s=1.8) == 2

@@ -15,11 +15,12 @@ from hf_speechllm.audio_encoders import encoder_layers
 from training.arguments import ModelArguments, TuningArguments, load_stages
 from training.augment import AugmentOptions
 from training.batching import DurationBatchSampler
+from training.checkpoints import load_trained, save_trained
 from training.data import RowLoader, SpeechDataset
 from training.data_sources import Row, read_manifests
 from training.row_reader import RowReader
 from training.train import build_processor, main, set_trainable
-from training.trainer import load_trained, parameter_groups, save_trained
+from training.trainer import parameter_groups
 
 RATE = 16_000
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"

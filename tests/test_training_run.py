@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_training import RATE, tone, write_config, write_manifest
 from tiny_models import tiny_model, tiny_processor
@@ -102,6 +103,17 @@ def test_two_stages_train_and_save_what_they_say(whole):
         assert (whole / "llm/final" / name).is_file()
     assert json.loads((whole / "ctc/final/config.json").read_text())["ce_loss_weight"] == 0.0
     assert sorted(path.name for path in (whole / "llm").iterdir()) == ["checkpoint-3", "checkpoint-6", "final"]
+
+
+def test_every_checkpoint_says_what_trained_it(whole, tmp_path):
+    for stage in stages_of(tmp_path, "again"):
+        for folder in ("checkpoint-3", "final"):
+            config = whole / stage.name / folder / "training.yaml"
+            (read,) = load_stages(config, tmp_path / "again")
+            assert read == stage
+        effective = yaml.safe_load(config.read_text())
+        assert effective["tuning"]["encoder_layer_decay"] == 1.0 and effective["model"]["ctc_subset_size"] == 1000
+        assert effective["training"]["save_strategy"] == "steps" and effective["training"]["save_total_limit"] == 2
 
 
 def test_a_finished_run_is_not_repeated_but_its_weights_are_read(whole, models, data_dir, steps, tmp_path):
@@ -235,7 +247,7 @@ def one_step(tmp_path: Path, batches: list[list[int]], tuning: TuningArguments):
         processing_class=processor,
         tuning=tuning,
         batch_sampler=batches,
-        trained_names=set(),
+        effective={},
         generation={},
         recipe={},
     )

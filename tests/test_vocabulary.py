@@ -18,11 +18,11 @@ from hf_speechllm.adapters import has_adapters
 from hf_speechllm.assembly import assemble, load_trained_parts
 from hf_speechllm.vocabulary import build_language_model, replace_vocabulary, subword_chains, subword_labels
 from training.arguments import DataArguments, ModelArguments, Stage, TuningArguments, load_stages
+from training.checkpoints import save_trained
 from training.export import export
 from training.text_sources import read_texts
 from training.train import build_model, build_processor, named_now, recipe, run, set_trainable
 from training.train_vocabulary import main, train_vocabulary
-from training.trainer import save_trained
 
 TEXTS = [
     "the quick brown fox didn't jump over the lazy dog",
@@ -261,7 +261,7 @@ def parts_of(folder: Path, arguments: ModelArguments, tunings: list[TuningArgume
     save_trained(model, names, folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {})
+    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {}, {})
     (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
     return model.eval(), processor
 

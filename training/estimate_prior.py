@@ -1,6 +1,6 @@
 """Estimate the prior of a CTC head: what it says of each label regardless of the audio.
 
-    python -m training.estimate_prior MODEL MANIFEST.jsonl --source posterior
+    python -m training.estimate_prior MODEL MANIFEST.jsonl [MANIFEST.jsonl ...] --source posterior
 
 Fusion with a language model subtracts it (`prior_weight`), since a CTC model has learned some language itself. MODEL is
 a checkpoint or a folder of trained parts; the prior is written into its weights, as `ctc_head.log_prior`. Use training
@@ -22,7 +22,7 @@ from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
 from training.data import RowLoader, SpeechDataset
-from training.data_sources import read_manifests
+from training.data_sources import Row, read_manifests
 from training.row_reader import RowReader
 
 SOURCES = ("posterior", "transcripts")
@@ -84,29 +84,39 @@ def store(folder: str, model: SpeechLLMForConditionalGeneration, log_prior: torc
         model.save_pretrained(folder)
 
 
+def estimate(folder: str, rows: list[Row], source: str = "posterior", batch_size: int = 8) -> float:
+    """Estimate the prior of the model in `folder` and write it there; returns its perplexity.
+
+    Args:
+        folder: A checkpoint or trained parts.
+        rows: Of manifests, as `read_manifests` returns them.
+        source: One of SOURCES.
+        batch_size: Utterances per forward pass.
+    """
+    model, processor = load(folder)
+    if source == "posterior":
+        dataset = SpeechDataset(rows, RowLoader(RowReader(processor.sampling_rate, empty_text="keep")))
+        log_prior = posterior_prior(model, DataLoader(dataset, batch_size, collate_fn=SpeechLLMDataCollator(processor)))
+    else:
+        log_prior = transcript_prior(model, processor, [row.text for row in rows])
+    store(folder, model, log_prior)
+    return float((-(log_prior[:-1].exp() * log_prior[:-1]).sum()).exp())
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder; the prior is written into it")
-    parser.add_argument("manifest", type=Path, help="JSONL manifest")
+    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST.jsonl")
     parser.add_argument(
         "--source", choices=SOURCES, default="posterior", help="mean CTC posterior, or label frequencies in the texts"
     )
     parser.add_argument("--limit", type=int, help="use only the first utterances")
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args()
-    model, processor = load(arguments.model)
-    rows = read_manifests([arguments.manifest.name], arguments.manifest.parent)[: arguments.limit]
-    if arguments.source == "posterior":
-        reader = RowReader(processor.sampling_rate, empty_text="keep")
-        dataset = SpeechDataset(rows, RowLoader(reader))
-        batches = DataLoader(dataset, arguments.batch_size, collate_fn=SpeechLLMDataCollator(processor))
-        log_prior = posterior_prior(model, batches)
-    else:
-        log_prior = transcript_prior(model, processor, [row.text for row in rows])
-    store(arguments.model, model, log_prior)
-    entropy = -(log_prior[:-1].exp() * log_prior[:-1]).sum()
-    print(f"{arguments.model}: prior of {len(log_prior) - 1} labels, perplexity {entropy.exp():.1f}")
+    rows = [row for path in arguments.manifests for row in read_manifests([path.name], path.parent)][: arguments.limit]
+    perplexity = estimate(arguments.model, rows, arguments.source, arguments.batch_size)
+    print(f"{arguments.model}: prior of its labels, perplexity {perplexity:.1f}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ import argparse
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
@@ -25,17 +24,16 @@ from hf_speechllm.adapters import merge_adapters
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.vocabulary import build_language_model
-from training.arguments import apply_override, parse_section, read_yaml, reject_unknown
-from training.checkpoints import CompleteCheckpoints, last_checkpoint
+from training.arguments import apply_override, effective_config, parse_section, read_yaml, reject_unknown
+from training.checkpoints import CONFIG_NAME, CompleteCheckpoints, last_checkpoint, load_trained
 from training.lora import add_lora, set_lora_trainable
 from training.packed_texts import PackedTexts, check_packing, collate
 from training.perplexity import measure_perplexity, tokenize
 from training.text_sources import read_texts
-from training.trainer import check_report_to, load_trained, save_trained
+from training.trainer import check_report_to
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "finetune_llm.yaml"
 PERPLEXITY_NAME = "perplexity.json"
 _DEFAULTS = {"save_strategy": "steps", "logging_steps": 20, "use_cpu": not torch.cuda.is_available()}
 
@@ -133,7 +131,7 @@ def load_run(config_path: str | Path, output_dir: str | Path, overrides: list[st
     training = {**_DEFAULTS, **merged["training"]}
     if not parts["data"].packing:
         training.setdefault("train_sampling_strategy", "group_by_length")
-    effective = {**{name: asdict(part) for name, part in parts.items()}, "training": training}
+    effective = effective_config(parts, training)
     training = {"remove_unused_columns": False, "output_dir": str(output_dir), **training}
     run = Run(**parts, training=parse_section(TrainingArguments, training, "training"), effective=effective)
     _check(run)
@@ -175,14 +173,13 @@ class LanguageModelTrainer(CompleteCheckpoints):
     Args:
         tokenizer: Of the model.
         eval_texts: Name -> texts.
-        args, kwargs: As for `Trainer`.
+        args, kwargs: As for `CompleteCheckpoints`.
     """
 
     def __init__(self, *args: Any, tokenizer: PreTrainedTokenizerBase, eval_texts: dict[str, list[str]], **kwargs: Any):
         super().__init__(*args, eval_dataset=eval_texts or None, **kwargs)
         self.tokenizer = tokenizer
         self.eval_texts = eval_texts
-        self.trained_names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Perplexities of all evaluation texts; the arguments of the base class are of no use here."""
@@ -196,18 +193,6 @@ class LanguageModelTrainer(CompleteCheckpoints):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.accelerator.unwrap_model(self.model), self.trained_names, folder, state_dict)
-        torch.save(self.args, folder / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        if self.is_fsdp_enabled:  # whose shards the Trainer has saved beside ours
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 def build(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -271,10 +256,9 @@ def finetune(run: Run, data_dir: Path) -> dict[str, dict[str, float]]:
         data_collator=collate,
         tokenizer=tokenizer,
         eval_texts=evaluation,
+        effective=run.effective,
     )
-    if trainer.args.should_save:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / CONFIG_NAME).write_text(yaml.safe_dump(run.effective, sort_keys=False))
+    output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint = last_checkpoint(output_dir)
     if checkpoint is None:
         perplexities = {"before": trainer.evaluate(metric_key_prefix="before")}
@@ -302,7 +286,7 @@ def export(run: Run, trained: Path, folder: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    shutil.copyfile(folder.parent / CONFIG_NAME, unfinished / CONFIG_NAME)
+    shutil.copyfile(trained / CONFIG_NAME, unfinished / CONFIG_NAME)
     unfinished.rename(folder)
 
 

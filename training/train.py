@@ -1,7 +1,8 @@
 """Train a speech LLM: `python -m training.train training/configs/tiny_en.yaml --data-dir DIR --output-dir DIR`.
 
 Stages run one after the other. A run that was interrupted goes on from its last checkpoint when the same command is
-given again; a finished stage is not repeated.
+given again; a finished stage is not repeated. Every checkpoint holds the weights that were trained and `training.yaml`,
+the config of its stage with everything resolved. training/recipe.py makes the data too, and measures the result.
 """
 
 import argparse
@@ -27,14 +28,14 @@ from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
 from hf_speechllm.vocabulary import build_language_model, subword_chains, subword_labels
 from training.arguments import ModelArguments, Stage, TuningArguments, load_stages, parse_options
 from training.augment import AugmentOptions
-from training.checkpoints import last_checkpoint
+from training.checkpoints import last_checkpoint, load_trained
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
 from training.lora import add_lora, lora_scaling, set_lora_trainable
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
-from training.trainer import SpeechLLMTrainer, check_report_to, final_norm, load_trained
+from training.trainer import SpeechLLMTrainer, check_report_to, final_norm
 
 logger = logging.getLogger(__name__)
 
@@ -240,6 +241,7 @@ def build_trainer(
         tuning=stage.tuning,
         batch_sampler=batch_sampler,
         trained_names=trained_names,
+        effective=stage.effective,
         generation=stage.generation,
         recipe=recipe(stage, model),
         spec_augment=masks if data.spec_augment else None,

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
+from hf_speechllm.assembly import RECIPE_NAME
 from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.processing_speechllm import IGNORE_INDEX
 from training.arguments import TuningArguments
@@ -36,12 +35,11 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
     Args:
         tuning: Which parts learn, and how fast.
         batch_sampler: Batches of the training data; `None` if it is a stream, which makes its own.
-        trained_names: Parameters that an earlier stage has trained; they are saved too.
         generation: Options of `generate` in evaluations.
         recipe: Saved beside the trained parts, for `hf_speechllm.assembly`.
         spec_augment: Masks on the features; `None` for none.
         report: Counts the data; those of all processes are saved beside each checkpoint.
-        args, kwargs: As for `Seq2SeqTrainer`.
+        args, kwargs: As for `CompleteCheckpoints` and `Seq2SeqTrainer`.
     """
 
     def __init__(
@@ -49,7 +47,6 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
         *args: Any,
         tuning: TuningArguments,
         batch_sampler: DurationBatchSampler | None,
-        trained_names: set[str],
         generation: dict[str, Any],
         recipe: dict[str, Any],
         spec_augment: SpecAugmentOptions | None = None,
@@ -69,8 +66,6 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
             # The layers to divide; transformers names those of decoders too that we left out (Whisper, Moonshine).
             present = {type(module).__name__ for module in self.model.modules()}
             self.model._no_split_modules = sorted(present & set(self.model._no_split_modules))
-        own = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        self.trained_names = trained_names | own
         self._loss_sums: dict[str, torch.Tensor] = {}
         self._learning_rates: dict[str, float] = {}
         self._audio_s = 0.0
@@ -245,23 +240,10 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
         if self.args.should_save:
             report.save(Path(output_dir if output_dir is not None else self.args.output_dir))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.accelerator.unwrap_model(self.model)
-        save_trained(model, self.trained_names, folder, state_dict)
+    def _save_beside(self, model: PreTrainedModel, folder: Path) -> None:
         model.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         (folder / RECIPE_NAME).write_text(json.dumps(self.recipe, indent=2) + "\n")
-        torch.save(self.args, folder / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        if self.is_fsdp_enabled:  # whose shards the Trainer has saved beside ours
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            load_trained(self.model if model is None else model, Path(resume_from_checkpoint))
 
 
 class StreamLoader:
@@ -294,27 +276,6 @@ def check_report_to(names: list[str]) -> None:
         packages = {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
         if name in ("tensorboard", "trackio", "wandb") and not any(map(importlib.util.find_spec, packages)):
             raise ValueError(f"training.report_to: {name} is not installed; pip install {name}, or set it to none.")
-
-
-def save_trained(
-    model: PreTrainedModel, names: set[str], folder: Path, state_dict: dict[str, torch.Tensor] | None = None
-) -> None:
-    """Write the named parameters of `model`, or of its gathered `state_dict`, into `folder`."""
-    state = model.state_dict() if state_dict is None else state_dict
-    save_file({name: state[name].contiguous() for name in sorted(names)}, folder / TRAINED_WEIGHTS_NAME)
-
-
-def load_trained(model: PreTrainedModel, folder: Path) -> set[str]:
-    """Read what [`save_trained`] wrote into `model`; returns the names.
-
-    Raises:
-        ValueError: If the model lacks a parameter, e.g. since LoRA is set up otherwise.
-    """
-    state = load_file(folder / TRAINED_WEIGHTS_NAME)
-    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
-    if unexpected:
-        raise ValueError(f"{folder}: weight {unexpected[0]!r} has no place in this model; is `tuning` the same?")
-    return set(state)
 
 
 def parameter_groups(
