@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -202,7 +203,7 @@ def test_each_process_decodes_its_own_share_once(folder, reference, tmp_path):
     for process in (Process(1, 3), Process(0, 2), Process(1, 2)):
         decoding_run.decode(recogniser, batches(iter(utterances), 3, None), prefix, description, process, 10)
     assert part_path(prefix, 1).read_text().count("\n") > 1
-    merged = decoding_run.merge(prefix, description, 1.0, 10)
+    merged, _ = decoding_run.merge(prefix, description, 10)
     assert [row["pred_text"] for row in merged] == [row["pred_text"] for row in reference]
 
 
@@ -211,7 +212,47 @@ def test_a_missing_share_is_noticed(folder, tmp_path):
     recogniser = Recogniser(load_pipeline(str(folder / "model"), "cpu"), {})
     decoding_run.decode(recogniser, batches(iter(utterances), 3, None), tmp_path / "run", {}, Process(0, 2), 10)
     with pytest.raises(RuntimeError, match="expected each of 10 utterances once in the journals, got 6 lines"):
-        decoding_run.merge(tmp_path / "run", {}, 1.0, 10)
+        decoding_run.merge(tmp_path / "run", {}, 10)
+
+
+def test_what_a_run_took_is_that_of_all_its_processes_also_of_those_that_died(folder, tmp_path, monkeypatch):
+    """The first process, whose memory was the largest, recognises a batch of 3 and dies; two more do the rest."""
+    utterances = read_manifest(folder / "data.jsonl")
+    recogniser = Recogniser(load_pipeline(str(folder / "model"), "cpu"), {})
+    prefix = tmp_path / "run"
+    clock_s = iter(range(99))
+    monkeypatch.setattr(decoding_run.time, "process_time", lambda: float(next(clock_s)))  # a second for each batch
+    for peak_mib, process in ((900.0, Process(0, 3)), (700.0, Process(0, 2)), (800.0, Process(1, 2))):
+        monkeypatch.setattr(decoding_run, "peak_memory_mib", lambda pipe, peak_mib=peak_mib: peak_mib)
+        dealt = batches(iter(utterances[:3] if peak_mib == 900.0 else utterances), 3, None)
+        decoding_run.decode(recogniser, dealt, prefix, {"model": "tiny"}, process, 10)
+    rows, cost = decoding_run.merge(prefix, {"model": "tiny"}, 10)
+    assert len(rows) == 10 and not {"cpu_s", "peak_memory_mib"} & set(rows[0])
+    # Of the 4 batches of all utterances none is of the first 3 alone, so each has something left to recognise.
+    assert cost.peak_memory_mib == 900.0 and cost.cpu_s == pytest.approx(5.0)
+    assert decoding_run.finished(prefix, {"model": "tiny"}) == cost
+    assert decoding_run.finished(prefix, {"model": "other"}) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux knows")
+def test_peak_memory_is_that_of_this_process_alone(folder):
+    pipe = load_pipeline(str(folder / "model"), "cpu")
+    resident_mib = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    peak_mib = decoding_run.peak_memory_mib(pipe)
+    assert resident_mib * 0.95 < peak_mib < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 + 1
+    more = np.ones(round(peak_mib * 2**20 / 8) + 2**23)  # 64 MiB beyond anything so far
+    assert decoding_run.peak_memory_mib(pipe) > peak_mib + 32 and more.all()
+
+
+def test_memory_and_time_are_in_the_results(folder, tmp_path):
+    run(folder, "--output", str(tmp_path / "run"), "--results", str(tmp_path / "results.jsonl"))
+    (row,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    described = json.loads((tmp_path / "run.joint.run.json").read_text())
+    manifest = [json.loads(line) for line in (tmp_path / "run.joint.jsonl").read_text().splitlines()]
+    duration_s = sum(line["duration"] for line in manifest)
+    assert 50 < row["peak_memory_mib"] == described["peak_memory_mib"] < 100_000
+    assert row["rtfx"] == pytest.approx(duration_s / sum(line["time"] for line in manifest))
+    assert row["rtfx_cpu"] == pytest.approx(duration_s / described["cpu_s"])
 
 
 def test_journals_of_another_run_are_refused(folder, tmp_path):

@@ -52,6 +52,10 @@ def scorer() -> CausalLMScorer:
     return CausalLMScorer(loud_model(seed=5).language_model, tiny_tokenizer())
 
 
+def search(mode: str = "rescoring", lm=None, size: int = 2, scales=tune_scales.NO_SCALES) -> tune_scales.Search:
+    return tune_scales.Search(mode, lm, size, scales)
+
+
 def run(monkeypatch, *arguments) -> None:
     monkeypatch.setattr("sys.argv", ["tune_scales", *map(str, arguments)])
     tune_scales.main()
@@ -59,7 +63,7 @@ def run(monkeypatch, *arguments) -> None:
 
 def test_lists_of_a_speech_llm_hold_the_separate_scores_in_the_order_of_the_manifest(pipe, manifest):
     utterances = read_manifest(manifest)
-    nbests = tune_scales.nbest_lists(pipe, None, utterances, 3, batch_size=2)
+    nbests = tune_scales.nbest_lists(pipe, search(size=3), utterances, batch_size=2)
     scorer = CausalLMScorer(pipe.model.language_model, pipe.tokenizer)
     prior = pipe.model.ctc_head.log_prior.double()
     for waveform, rows in zip(WAVEFORMS, nbests, strict=True):
@@ -80,7 +84,7 @@ def test_lists_of_a_speech_llm_hold_the_separate_scores_in_the_order_of_the_mani
 
 
 def test_another_language_model_scores_the_lists_of_a_speech_llm(pipe, manifest, scorer):
-    for rows in tune_scales.nbest_lists(pipe, scorer, read_manifest(manifest), 2, batch_size=3):
+    for rows in tune_scales.nbest_lists(pipe, search(lm=scorer), read_manifest(manifest), batch_size=3):
         for row in rows:
             assert row.lm_log_prob == pytest.approx(float(scorer.score([scorer.tokenize(row.text)])[0]), abs=1e-3)
 
@@ -92,7 +96,7 @@ def test_lists_of_other_models_are_scored_too(name, tmp_path, manifest, scorer):
         parts["model"].generation_config.max_new_tokens = 6
     pipe = pipeline("automatic-speech-recognition", **parts)
     fused = pipeline("automatic-speech-recognition", **parts, lm=scorer)
-    nbests = tune_scales.nbest_lists(pipe, scorer, read_manifest(manifest), 2, batch_size=2)
+    nbests = tune_scales.nbest_lists(pipe, search(lm=scorer), read_manifest(manifest), batch_size=2)
     assert len(nbests) == len(WAVEFORMS) and len({rows[0].am_log_prob for rows in nbests}) == len(WAVEFORMS)
     for waveform, rows in zip(WAVEFORMS, nbests, strict=True):
         assert len(rows) == 2
@@ -118,14 +122,76 @@ def test_multilingual_whisper_hears_english(manifest, scorer, monkeypatch):
         return generate(*arguments, **options)
 
     monkeypatch.setattr(GenerationMixin, "generate", spy)
-    tune_scales.nbest_lists(pipe, scorer, read_manifest(manifest, 1), 2, batch_size=1)
+    tune_scales.nbest_lists(pipe, search(lm=scorer), read_manifest(manifest, 1), batch_size=1)
     assert prompts == [[21, 22]]
 
 
+def test_lists_of_label_fusion_are_scored_label_by_label(pipe, manifest):
+    """The language model's score of the CTC labels as they are, whatever its own tokens of the text would be."""
+    scorer = CausalLMScorer(pipe.model.language_model, pipe.tokenizer)
+    token_ids = pipe.model.config.ctc_token_ids
+    found = tune_scales.nbest_lists(pipe, search("label_fusion", size=3), read_manifest(manifest), batch_size=2)
+    rescored = tune_scales.nbest_lists(pipe, search(size=3), read_manifest(manifest), batch_size=2)
+    for rows, others in zip(found, rescored, strict=True):
+        assert [row.labels for row in rows] == [row.labels for row in others]  # of the same search without scales
+        for row in rows:
+            tokens = [token_ids[label] for label in row.labels]
+            assert row.lm_log_prob == pytest.approx(float(scorer.score([tokens])[0]), abs=1e-3)
+            assert row.num_tokens == len(tokens) and row.text == tiny_processor().decode(tokens)
+
+
+@pytest.mark.parametrize("mode", ["delayed_fusion", "label_fusion"])
+def test_the_search_has_the_scales(pipe, manifest, mode):
+    utterances = read_manifest(manifest)
+    scales = ScaleChoice(1.5, 0.2, 1.0, 0.0)
+    lists = [
+        tune_scales.nbest_lists(pipe, search(mode, size=3, scales=each), utterances, batch_size=3)
+        for each in (tune_scales.NO_SCALES, scales)
+    ]
+    for rows, others in zip(*lists, strict=True):
+        if mode == "label_fusion":  # the tiny model writes hardly a space: there is no word to score before the end
+            assert {row.labels for row in rows} != {row.labels for row in others}
+        assert [row.log_score for row in rows] == pytest.approx([row.am_log_prob for row in rows], abs=1e-6)
+        assert [row.log_score for row in others] == pytest.approx(
+            [row.combined(1.5, 0.2, 1.0) for row in others], abs=1e-6
+        )
+
+
+def test_lists_are_joined_without_repeating_what_both_have():
+    first, again, other = (Hypothesis((label,), text, 0.0) for label, text in ((1, "a"), (1, "a"), (2, "b")))
+    assert tune_scales.joined([[], [first]], [[other], [again, other]]) == [[other], [first, other]]
+
+
+def test_rounds_search_with_the_scales_of_the_round_before(model_folder, manifest, monkeypatch, capsys):
+    scales, sizes = [], []
+    found = iter([[rows[:1] for rows in NBESTS], [rows[1:] for rows in NBESTS]])
+
+    def nbest_lists(pipe, search, utterances, batch_size):
+        scales.append(search.scales)
+        return next(found)
+
+    def tune(nbests, *arguments, **options):
+        sizes.append([len(rows) for rows in nbests])
+        return ScaleChoice(0.5, 0.0, 0.25 * len(sizes), 0.1)
+
+    monkeypatch.setattr(tune_scales, "nbest_lists", nbest_lists)
+    monkeypatch.setattr(tune_scales, "tune_scales", tune)
+    run(monkeypatch, model_folder, manifest, "--mode", "label_fusion", "--rounds", "2")
+    assert scales == [tune_scales.NO_SCALES, ScaleChoice(0.5, 0.0, 0.25, 0.1)]
+    assert sizes == [[1, 1, 1], [2, 2, 2]]
+    assert "length_reward=0.5" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_utterances_of_several_manifests_are_numbered_through(manifest):
+    utterances = tune_scales.read_all([manifest, manifest], 2)
+    assert [utterance.index for utterance in utterances] == [0, 1, 2, 3]
+    assert [utterance.entry["text"] for utterance in utterances] == 2 * REFERENCES[:2]
+
+
 NBESTS = [
-    [Hypothesis((), "the cat sat", -1.0, -9.0, 0.0, 3), Hypothesis((), "the cat sat on", -2.0, -3.0, 0.0, 4)],
-    [Hypothesis((), "a bog", -1.0, -9.0, 0.0, 2), Hypothesis((), "a dog", -1.5, -2.0, 0.0, 2)],
-    [Hypothesis((), "yes", -1.0, -1.0, 0.0, 1), Hypothesis((), "yes sir", -5.0, -9.0, 0.0, 2)],
+    [Hypothesis((1,), "the cat sat", -1.0, -9.0, 0.0, 3), Hypothesis((2,), "the cat sat on", -2.0, -3.0, 0.0, 4)],
+    [Hypothesis((1,), "a bog", -1.0, -9.0, 0.0, 2), Hypothesis((2,), "a dog", -1.5, -2.0, 0.0, 2)],
+    [Hypothesis((1,), "yes", -1.0, -1.0, 0.0, 1), Hypothesis((2,), "yes sir", -5.0, -9.0, 0.0, 2)],
 ]
 REFERENCES = ["the cat sat on", "a dog", "yes sir"]  # 8 words
 
@@ -180,6 +246,8 @@ def test_the_prior_is_tuned_where_there_is_one(pipe):
     [
         (["--nbest", "0"], "--nbest: expected at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--rounds", "2"], "--rounds: expected 1 with --mode rescoring, whose lists do not depend on the scales"),
         (["--lm-weights", "0,x"], "expected numbers separated by commas, got '0,x'"),
         (["--lm-weights", "nan"], "expected numbers separated by commas, got 'nan'"),
     ],
@@ -195,6 +263,7 @@ def test_arguments_that_cannot_be_meant_are_refused(model_folder, manifest, monk
     ("arguments", "message"),
     [
         ([], "--lm: expected a language model, since a wav2vec2 has none"),
+        (["--mode", "label_fusion"], "--mode: label_fusion is for speech LLMs of this package, this is a wav2vec2"),
         (["--lm", "gpt2", "--write"], "--write: is for speech LLMs of this package"),
         (["--lm", "gpt2", "--prior-weights", "0.1"], "--prior-weights: a wav2vec2 comes without a prior"),
     ],

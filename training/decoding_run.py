@@ -3,25 +3,30 @@
 Every process appends what it has recognised to a journal of its own, `PREFIX.part0.jsonl`, `PREFIX.part1.jsonl`, ...:
 first a line that describes the run, then one line per utterance, forced to disk after every batch. Batches are dealt
 out in turn, so the batches of a run do not depend on the number of processes. When all is done the journals are merged,
-in the order of the data set, into `PREFIX.jsonl`, the manifest; beside it `PREFIX.run.json` describes the run.
-Recordings that cannot be read are left out of the manifest; the description says which.
+in the order of the data set, into `PREFIX.jsonl`, the manifest; beside it `PREFIX.run.json` describes the run and says
+what it cost. Recordings that cannot be read are left out of the manifest; the description says which.
 """
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from torch import distributed
 from tqdm import tqdm
+from transformers import AutomaticSpeechRecognitionPipeline
 
 from training.evaluation_data import UsageError, Utterance
 from training.recognisers import Recogniser
+
+JOURNAL_FORMAT = 2  # 1 did not say what an utterance took
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,19 @@ class Process:
     rank: int = 0
     count: int = 1
     largest: Callable[[float], float] = lambda value: value
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What recognition took, also where it was interrupted: every line of a journal says what its utterance cost.
+
+    Attributes:
+        peak_memory_mib: largest memory of any one of the processes: of tensors on the GPU, or resident in all.
+        cpu_s: CPU time of recognition alone, all threads and processes together; other programs hardly change it.
+    """
+
+    peak_memory_mib: float
+    cpu_s: float
 
 
 def start_process() -> Process:
@@ -64,12 +82,12 @@ def run_path(prefix: Path) -> Path:
     return prefix.with_name(f"{prefix.name}.run.json")
 
 
-def finished(prefix: Path, description: dict[str, Any]) -> float | None:
-    """Peak memory in MiB of the run that `description` describes, if its manifest is there; otherwise None."""
+def finished(prefix: Path, description: dict[str, Any]) -> Cost | None:
+    """What the run that `description` describes took, if its manifest is there; otherwise None."""
     if not (manifest_path(prefix).is_file() and run_path(prefix).is_file()):
         return None
     run = json.loads(run_path(prefix).read_text())
-    return run["peak_memory_mib"] if run["run"] == description else None
+    return Cost(run["peak_memory_mib"], run["cpu_s"]) if run["run"] == description else None
 
 
 def failures(prefix: Path) -> list[str]:
@@ -126,11 +144,16 @@ def decode(
             if not is_warm:  # kernels are chosen, caches filled: outside the measured time
                 recogniser.transcribe(waveforms[-1:], longest_s)
                 is_warm = True
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             texts = recogniser.transcribe(waveforms, longest_s)
-            batch_s = time.perf_counter() - start
+            batch_s, batch_cpu_s = time.perf_counter() - start, time.process_time() - cpu_start
+            cost = {"cpu_s": batch_cpu_s / len(batch), "peak_memory_mib": peak_memory_mib(recogniser.pipe)}
             rows = [
-                {"index": utterance.index, "row": utterance.entry | {"time": batch_s / len(batch), "pred_text": text}}
+                {
+                    "index": utterance.index,
+                    "row": utterance.entry | {"time": batch_s / len(batch), "pred_text": text},
+                    **cost,
+                }
                 for utterance, text in zip(batch, texts, strict=True)
             ]
             _append(journal, rows)
@@ -155,13 +178,23 @@ def _read_audio(
     return readable, waveforms
 
 
-def merge(prefix: Path, description: dict[str, Any], peak_memory_mib: float, total: int | None) -> list[dict[str, Any]]:
-    """Journals to the manifest and the description of the run; rows in the order of the data set.
+def peak_memory_mib(pipe: AutomaticSpeechRecognitionPipeline) -> float:
+    """Largest memory of this process so far: of tensors on the GPU, or resident in all."""
+    if pipe.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(pipe.device) / 2**20
+    if sys.platform == "linux":  # where `ru_maxrss` of a process begins with what the one that started it had
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def merge(prefix: Path, description: dict[str, Any], total: int | None) -> tuple[list[dict[str, Any]], Cost]:
+    """Journals to the manifest and the description of the run; rows in the order of the data set, and their cost.
 
     Args:
         prefix: As in [`decode`].
         description: Likewise.
-        peak_memory_mib: Goes into the description of the run.
         total: Number of utterances, if known; otherwise the largest index tells.
 
     Raises:
@@ -177,11 +210,15 @@ def merge(prefix: Path, description: dict[str, Any], peak_memory_mib: float, tot
     rows = [line["row"] for line in journal if "row" in line]
     failed = [line["failure"] for line in journal if "failure" in line]
     _replace(manifest_path(prefix), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    run = {"run": description, "peak_memory_mib": peak_memory_mib, "failures": failed}
+    cost = Cost(
+        peak_memory_mib=max((line["peak_memory_mib"] for line in journal if "row" in line), default=0.0),
+        cpu_s=sum(line["cpu_s"] for line in journal if "row" in line),
+    )
+    run = {"run": description, **asdict(cost), "failures": failed}
     _replace(run_path(prefix), json.dumps(run, indent=2) + "\n")
     for path in _parts(prefix):
         path.unlink()
-    return rows
+    return rows, cost
 
 
 def _parts(prefix: Path) -> list[Path]:

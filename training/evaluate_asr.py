@@ -31,12 +31,22 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutomaticSpeechRecognitionPipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.metrics import Normalizer, paired_bootstrap
-from training.decoding_run import Process, decode, discard, failures, finished, manifest_path, merge, start_process
+from training.decoding_run import (
+    JOURNAL_FORMAT,
+    Cost,
+    Process,
+    decode,
+    discard,
+    failures,
+    finished,
+    manifest_path,
+    merge,
+    start_process,
+)
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest, stream_dataset
 from training.html_report import SystemReport, html_report
 from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, manifest_name
@@ -142,12 +152,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
         for mode in modes:
             prefix = output_prefix(arguments, mode, data, system) or Path(scratch) / mode
             recogniser = Recogniser(pipe, options[mode])
-            rows, peak_mib = recognise(arguments, recogniser, data, mode, prefix, process)
+            rows, cost = recognise(arguments, recogniser, data, mode, prefix, process)
             if process.rank == 0:
                 failed |= dict.fromkeys(failures(prefix))
                 if not rows:
                     raise UsageError(f"{data.name}: none of its recordings can be read; the last: {[*failed][-1]}")
-                report = score(f"{system} {mode}", rows, normalize, peak_mib)
+                report = score(f"{system} {mode}", rows, normalize, cost)
                 show(arguments, data, system, mode, options[mode], report, is_first=not reports)
                 reports.append(report)
     if process.rank == 0:
@@ -218,8 +228,8 @@ def output_prefix(arguments: argparse.Namespace, mode: str, data: Data, system: 
 
 def recognise(
     arguments: argparse.Namespace, recogniser: Recogniser, data: Data, mode: str, prefix: Path, process: Process
-) -> tuple[list[dict[str, Any]], float]:
-    """Rows of the manifest, in the first process, and peak memory in MiB; decodes only what is not there yet."""
+) -> tuple[list[dict[str, Any]], Cost | None]:
+    """Rows of the manifest and what they took, in the first process; decodes only what is not there yet."""
     if process.count > 1 and arguments.output is None and arguments.leaderboard_dir is None:
         raise UsageError("--output or --leaderboard-dir is needed with several processes: they meet in these files")
     description = {
@@ -232,24 +242,25 @@ def recognise(
         "device": torch.device(arguments.device).type,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "format": JOURNAL_FORMAT,
     }
     if arguments.overwrite and process.rank == 0:
         discard(prefix)
     process.largest(0.0)
-    peak_mib = finished(prefix, description)
+    cost = finished(prefix, description)
     total = None if data.utterances is None else len(data.utterances)
-    if peak_mib is not None:
+    if cost is not None:
         rows = list(read_json_lines(manifest_path(prefix), ("text", "pred_text", "duration", "time")))
         if process.rank == 0:
             print(f"{manifest_path(prefix)}: of this very run, not decoded again (--overwrite does)", file=sys.stderr)
-        return rows, peak_mib
+        return rows, cost
     window = None if data.utterances is not None else STREAM_WINDOW_BATCHES * arguments.batch_size
     stream = batches(iter_utterances(arguments, data), arguments.batch_size, window)
     decode(recogniser, stream, prefix, description, process, total)
-    peak_mib = process.largest(peak_memory_mib(recogniser.pipe))
-    rows = merge(prefix, description, peak_mib, total) if process.rank == 0 else []
+    process.largest(0.0)  # all journals are complete
+    rows, cost = merge(prefix, description, total) if process.rank == 0 else ([], None)
     process.largest(0.0)
-    return rows, peak_mib
+    return rows, cost
 
 
 def iter_utterances(arguments: argparse.Namespace, data: Data) -> Iterator[Utterance]:
@@ -269,24 +280,20 @@ def weights_stamp(model: str | None) -> str | None:
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-def peak_memory_mib(pipe: AutomaticSpeechRecognitionPipeline) -> float:
-    """Largest memory so far: of tensors on the GPU, or of the whole process."""
-    if pipe.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(pipe.device) / 2**20
-    import resource  # not on Windows
+def score(name: str, rows: list[dict[str, Any]], normalize: Normalizer, cost: Cost | None) -> SystemReport:
+    """Figures of one system from the rows of its manifest.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def score(name: str, rows: list[dict[str, Any]], normalize: Normalizer, peak_mib: float | None) -> SystemReport:
-    """Figures of one system from the rows of its manifest."""
+    Beyond those of `score_system`: `duration_min`; `rtfx`, seconds of audio per second on the clock; `rtfx_cpu`, per
+    second of CPU time; `peak_memory_mib`. The last two are None where nobody knows what the run took.
+    """
     system_score = score_system([row["text"] for row in rows], [row["pred_text"] for row in rows], normalize)
     duration_s = sum(row["duration"] for row in rows)
     figures = {
         **system_score.figures,
         "rtfx": duration_s / max(sum(row["time"] for row in rows), 1e-9),
+        "rtfx_cpu": None if cost is None else duration_s / max(cost.cpu_s, 1e-9),
         "duration_min": duration_s / 60,
-        "peak_memory_mib": peak_mib,
+        "peak_memory_mib": None if cost is None else cost.peak_memory_mib,
     }
     return SystemReport(name, system_score, figures)
 

@@ -1,12 +1,18 @@
 """Tune the scales of a language model on the N-best lists of development data.
 
-    python -m training.tune_scales MODEL DEV.jsonl --write
+    python -m training.tune_scales MODEL DEV.jsonl [DEV.jsonl ...] --write
+    python -m training.tune_scales MODEL DEV.jsonl --mode label_fusion
     python -m training.tune_scales base:whisper-tiny.en DEV.jsonl --lm base:smollm2-135m-instruct
 
 MODEL is a checkpoint, a folder of trained parts, a Hub id or `base:NAME`. The lists of a speech LLM come from its CTC
-head (mode "rescoring" of `generate`) and are scored by its own plain language model, or by --lm; those of other models
-come from their CTC output or their beam search, and need --lm. Every utterance is decoded once: the scales are found on
-the scored lists.
+head and are scored by its own plain language model, or by --lm, in the tokens that its --mode scores: those of words
+with "rescoring" and "delayed_fusion", CTC labels with "label_fusion". Those of other models come from their CTC output
+or their beam search, and need --lm.
+
+The scales are found on the scored lists, without decoding again. That is all for rescoring. A search in one pass finds
+other hypotheses with other scales, such as ones with fewer words where the language model has much weight and words no
+reward: --rounds 2 or 3 decodes again with the scales of the round before and adds what it finds to the lists (minimum
+error rate training, Och 2003, section 4).
 
 The word error rate that is printed for the tuned scales is optimistic. Use development data, never a test set: a result
 on data that the scales were tuned on is no result.
@@ -15,6 +21,8 @@ on data that the scales were tuned on is no result.
 import argparse
 import functools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +42,32 @@ from hf_speechllm.scale_tuning import ScaleChoice, tune_scales
 from training.evaluation_data import UsageError, Utterance, batches, read_manifest
 from training.recognisers import is_speech_llm, load_pipeline
 
+MODES = ("rescoring", "delayed_fusion", "label_fusion")
 LM_WEIGHTS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
 PRIOR_WEIGHTS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
-LENGTH_REWARDS = [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+LENGTH_REWARDS = [-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 NO_PRIOR = [0.0]
 SCALES = ("lm_weight", "prior_weight", "length_reward")
 
 NBests = list[list[Hypothesis]]
+NO_SCALES = ScaleChoice(0.0, 0.0, 0.0, math.nan)
+
+
+@dataclass(frozen=True)
+class Search:
+    """How the lists are found.
+
+    Attributes:
+        mode: One of MODES.
+        lm: The language model; None: that of the speech LLM, without its adapter.
+        size: Hypotheses per utterance, and width of the search.
+        scales: Of the search in one pass; 0 everywhere searches by the acoustic score alone.
+    """
+
+    mode: str
+    lm: CausalLMScorer | None
+    size: int
+    scales: ScaleChoice
 
 
 def main() -> None:
@@ -58,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL")
-    add("manifest", metavar="DEV.jsonl", type=Path, help="development data, never a test set")
+    add("manifests", metavar="DEV.jsonl", type=Path, nargs="+", help="development data, never a test set")
+    add("--mode", choices=MODES, default=MODES[0], help="of a speech LLM (default: rescoring)")
+    add("--rounds", type=int, default=1, help="of decoding and tuning, for the modes with one pass (default: 1)")
     add("--lm", help="language model: Hub id, folder or base:NAME (default: that of the speech LLM)")
     add("--nbest", type=int, default=16, help="hypotheses per utterance, and width of the search (default: 16)")
     add("--lm-weights", type=grid, default=LM_WEIGHTS, metavar="W,W,...", help=f"default: {LM_WEIGHTS}")
@@ -77,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--write", action="store_true", help="store the scales in generation_config.json of MODEL, a folder")
     add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
-    add("--limit", type=int, help="use only the first utterances")
+    add("--limit", type=int, help="use only the first utterances of each manifest")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
@@ -95,15 +124,14 @@ def grid(text: str) -> list[float]:
 
 def tune(arguments: argparse.Namespace) -> None:
     """Decode, tune, report; UsageError for what the user has to change."""
-    for name in ("nbest", "batch_size", "limit"):
+    for name in ("nbest", "batch_size", "limit", "rounds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
-    utterances = read_manifest(arguments.manifest, arguments.limit)
+    utterances = read_all(arguments.manifests, arguments.limit)
     pipe = load_pipeline(arguments.model, arguments.device)
     check(arguments, pipe)
     lm = None if arguments.lm is None else load_language_model(resolve_model(arguments.lm), pipe.device)
-    nbests = nbest_lists(pipe, lm, utterances, arguments.nbest, arguments.batch_size)
     references = [utterance.entry["text"] for utterance in utterances]
     grids = {
         "lm_weights": arguments.lm_weights,
@@ -111,17 +139,39 @@ def tune(arguments: argparse.Namespace) -> None:
         "length_rewards": arguments.length_rewards,
     }
     normalize = functools.cache(normalize_english)
-    choice = tune_scales(nbests, references, normalize=normalize, **grids)
-    print(report(arguments.manifest.stem, nbests, references, choice, normalize))
-    for name, values in zip(SCALES, grids.values(), strict=True):
-        if len(values) > 1 and getattr(choice, name) in (max(values), min(values)) and getattr(choice, name) != 0.0:
-            print(f"{name} = {getattr(choice, name):g} is at the end of its grid: widen --{name.replace('_', '-')}s")
+    name = ", ".join(path.stem for path in arguments.manifests)
+    nbests: NBests = [[] for _ in utterances]
+    choice = NO_SCALES
+    for _ in range(arguments.rounds):
+        search = Search(arguments.mode, lm, arguments.nbest, choice)
+        nbests = joined(nbests, nbest_lists(pipe, search, utterances, arguments.batch_size))
+        choice = tune_scales(nbests, references, normalize=normalize, **grids)
+        print(report(name, nbests, references, choice, normalize), flush=True)
+    for scale, values in zip(SCALES, grids.values(), strict=True):
+        if len(values) > 1 and getattr(choice, scale) in (max(values), min(values)) and getattr(choice, scale) != 0.0:
+            print(f"{scale} = {getattr(choice, scale):g} is at the end of its grid: widen --{scale.replace('_', '-')}s")
     if arguments.write:
         write(arguments.model, choice)
 
 
+def read_all(manifests: Sequence[Path], limit: int | None) -> list[Utterance]:
+    """Utterances of several manifests, numbered through."""
+    utterances = [utterance for path in manifests for utterance in read_manifest(path, limit)]
+    return [replace(utterance, index=index) for index, utterance in enumerate(utterances)]
+
+
+def joined(nbests: NBests, others: NBests) -> NBests:
+    """Lists of the same utterances put together, each hypothesis once."""
+    return [
+        list({hypothesis.labels: hypothesis for hypothesis in [*rows, *more]}.values())
+        for rows, more in zip(nbests, others, strict=True)
+    ]
+
+
 def check(arguments: argparse.Namespace, pipe: AutomaticSpeechRecognitionPipeline) -> None:
     """Refuse what cannot be done with this model, before anything is decoded."""
+    if arguments.mode == "rescoring" and arguments.rounds > 1:
+        raise UsageError("--rounds: expected 1 with --mode rescoring, whose lists do not depend on the scales")
     if is_speech_llm(pipe):
         if pipe.model.config.ctc_token_ids is None:
             raise UsageError("MODEL: expected a CTC head whose labels are tokens of the language model, it has none")
@@ -129,6 +179,8 @@ def check(arguments: argparse.Namespace, pipe: AutomaticSpeechRecognitionPipelin
             raise UsageError(f"--write: expected a folder with generation_config.json as MODEL, got {arguments.model}")
         return
     kind = pipe.model.config.model_type
+    if arguments.mode != "rescoring":
+        raise UsageError(f"--mode: {arguments.mode} is for speech LLMs of this package, this is a {kind} model")
     if arguments.lm is None:
         raise UsageError(f"--lm: expected a language model, since a {kind} has none of its own that is plain")
     if arguments.write:
@@ -143,19 +195,14 @@ def has_prior(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
 
 
 def nbest_lists(
-    pipe: AutomaticSpeechRecognitionPipeline,
-    lm: CausalLMScorer | None,
-    utterances: list[Utterance],
-    size: int,
-    batch_size: int,
+    pipe: AutomaticSpeechRecognitionPipeline, search: Search, utterances: Sequence[Utterance], batch_size: int
 ) -> NBests:
     """N-best lists in the order of the utterances, each with the separate scores of all models.
 
     Args:
         pipe: The recogniser.
-        lm: The language model; None: that of the speech LLM, without its adapter.
-        utterances: Each no longer than what the model takes in one piece.
-        size: Hypotheses per utterance.
+        search: How to decode; other models than speech LLMs have one way.
+        utterances: Each no longer than what the model takes in one piece, their `index` is their place.
         batch_size: Utterances per forward pass of a speech LLM.
 
     Raises:
@@ -164,7 +211,7 @@ def nbest_lists(
     if not is_speech_llm(pipe):
         is_multilingual = getattr(getattr(pipe.model, "generation_config", None), "is_multilingual", False)
         options = {"generate_kwargs": {"language": "en"}} if is_multilingual else {}
-        pipe = pipeline_for_lm(pipe.model)(pipe.model, pipe.feature_extractor, pipe.tokenizer, lm=lm, **options)
+        pipe = pipeline_for_lm(pipe.model)(pipe.model, pipe.feature_extractor, pipe.tokenizer, lm=search.lm, **options)
     for utterance in utterances:
         if utterance.entry["duration"] > pipe.max_piece_s:
             raise UsageError(
@@ -176,30 +223,37 @@ def nbest_lists(
         for batch in batches(iter(utterances), batch_size, None):
             waveforms = [utterance.waveform(pipe.feature_extractor.sampling_rate) for utterance in batch]
             if is_speech_llm(pipe):
-                nbests = speech_llm_lists(pipe, lm, waveforms, size)
+                nbests = speech_llm_lists(pipe, search, waveforms)
             else:
-                nbests = other_lists(pipe, waveforms, size)
+                nbests = other_lists(pipe, waveforms, search.size)
             lists.update(zip((utterance.index for utterance in batch), nbests, strict=True))
             progress.update(len(batch))
     return [lists[utterance.index] for utterance in utterances]
 
 
 def speech_llm_lists(
-    pipe: AutomaticSpeechRecognitionPipeline, lm: CausalLMScorer | None, waveforms: list[np.ndarray], size: int
+    pipe: AutomaticSpeechRecognitionPipeline, search: Search, waveforms: Sequence[np.ndarray]
 ) -> NBests:
-    """Lists of the CTC head of a speech LLM, in the order of the CTC score."""
+    """Lists of the CTC head of a speech LLM, in the order of the score that the search had."""
     inputs = pipe.processor(waveforms, sampling_rate=pipe.feature_extractor.sampling_rate)
-    options: dict[str, Any] = dict.fromkeys(SCALES, 0.0)
-    return pipe.model.generate(
+    nbests = pipe.model.generate(
         **pipe.ensure_tensor_on_device(**inputs),
-        mode="rescoring",
-        lm=lm,
+        mode=search.mode,
+        lm=search.lm,
         tokenizer=pipe.tokenizer,
-        ctc_beam_size=size,
-        num_return_sequences=size,
+        ctc_beam_size=search.size,
+        num_return_sequences=search.size,
         return_dict_in_generate=True,
-        **options,
+        **{scale: getattr(search.scales, scale) for scale in SCALES},
     ).hypotheses
+    if search.mode != "label_fusion":
+        return nbests
+    # This mode needs no text, and gives none.
+    token_ids = pipe.model.config.ctc_token_ids
+    return [
+        [replace(row, text=pipe.processor.decode([token_ids[label] for label in row.labels])) for row in rows]
+        for rows in nbests
+    ]
 
 
 def other_lists(pipe: FusionPipeline, waveforms: list[np.ndarray], size: int) -> NBests:
