@@ -1,5 +1,6 @@
 """Settings and fixtures of all tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,28 @@ import torch
 
 # The models are tiny: threads cost them more time than they save, many times more on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def loud_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny model that writes a text for any audio."""
+    from tiny_models import loud_model, tiny_processor
+
+    folder = tmp_path_factory.mktemp("model")
+    loud_model().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_data_sets() -> Iterator[None]:
+    """`datasets` without progress bars, and without the pause that it makes at the end of every pass."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
-from tiny_models import loud_model, noise, tiny_processor
+from tiny_models import noise
 from transformers import pipeline
 
 from hf_speechllm import cli
@@ -68,16 +68,8 @@ def recordings(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    loud_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def transcriber(model):
-    return pipeline("automatic-speech-recognition", model=str(model), device="cpu")
+def transcriber(loud_model_folder):
+    return pipeline("automatic-speech-recognition", model=str(loud_model_folder), device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +84,7 @@ def without_ffmpeg(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_way_in(case, recordings, model, transcriber, without_ffmpeg, tmp_path, capsys):
+def test_every_way_in(case, recordings, loud_model_folder, transcriber, without_ffmpeg, tmp_path, capsys):
     path, good = recordings / case.name, recordings / "good.wav"
     expected = transcriber(str(good))["text"]
 
@@ -107,7 +99,7 @@ def test_every_way_in(case, recordings, model, transcriber, without_ffmpeg, tmp_
         assert "\n" not in str(caught.value) and case.name in str(caught.value)
 
     # The command line: the good recordings before and after it are transcribed.
-    status = cli.main(["transcribe", "--model", str(model), *map(str, (good, path, good))])
+    status = cli.main(["transcribe", "--model", str(loud_model_folder), *map(str, (good, path, good))])
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert [line for line in lines if line.startswith(str(good))] == [f"{good}\t{expected}"] * 2
@@ -118,7 +110,7 @@ def test_every_way_in(case, recordings, model, transcriber, without_ffmpeg, tmp_
     for name, fields in (("told", {"duration": 0.5}), ("measured", {})):
         entries = [{"audio_filepath": str(each), "text": "the thing", **fields} for each in (good, path, good)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        command = [str(tmp_path / f"{name}.jsonl"), "--model", str(model), "--device", "cpu"]
+        command = [str(tmp_path / f"{name}.jsonl"), "--model", str(loud_model_folder), "--device", "cpu"]
         command += ["--output", str(tmp_path / "out" / name), "--report", str(tmp_path / "report.html")]
         for attempt in ("decoded", "found finished"):
             status = evaluate(command)
@@ -152,13 +144,13 @@ def check_report(case: Case, status: int, errors: str, prefix: str) -> None:
     assert case.name in errors and re.search(case.message, errors)
 
 
-def test_nothing_but_bad_recordings(recordings, model, tmp_path, capsys, without_ffmpeg):
+def test_nothing_but_bad_recordings(recordings, loud_model_folder, tmp_path, capsys, without_ffmpeg):
     for name, fields in (("told", {"duration": 0.5}), ("measured", {})):
         entries = [
             {"audio_filepath": str(recordings / each), "text": "", **fields} for each in ("text.wav", "empty.wav")
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-        assert evaluate([str(tmp_path / f"{name}.jsonl"), "--model", str(model), "--device", "cpu"]) == 2
+        assert evaluate([str(tmp_path / f"{name}.jsonl"), "--model", str(loud_model_folder), "--device", "cpu"]) == 2
         message = capsys.readouterr().err.splitlines()[-1]
         assert re.search(r"error: .*: none of its recordings can be read; the last: .*empty.wav: .*empty file", message)
 

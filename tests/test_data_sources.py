@@ -35,17 +35,11 @@ from training.data_sources import Row, SourceOptions, Stream, Table, open_source
 from training.row_reader import Recording, RowReader
 from training.trainer import StreamLoader
 
+pytestmark = pytest.mark.usefixtures("quick_data_sets")
+
 TEXTS = ["the thing", "an inn", "a ring", "the king", "in the", "hat", "thing a"]
 DURATIONS_S = [1.0, 0.6, 0.8, 0.9, 0.5, 0.4, 0.7]
 NO_DISTORTION = RowLoader(RowReader(RATE))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet_and_quick():
-    datasets.disable_progress_bars()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of every pass
-        yield
 
 
 @pytest.fixture(scope="module")

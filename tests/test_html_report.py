@@ -113,7 +113,9 @@ def test_plots_show_the_rates(tmp_path, audio):
 
 
 def test_only_silence_has_a_report_too(tmp_path, audio):
-    Page(report([utterance(0, audio, "")], {"A": [""]}, folder=tmp_path))
+    page = Page(report([utterance(0, audio, "")], {"A": [""]}, folder=tmp_path))
+    assert page.tags.count("article") == 1
+    assert "nan" not in " ".join(page.texts).lower() and "inf" not in " ".join(page.texts).lower()
 
 
 def test_embedded_audio_is_the_part_that_was_recognised(tmp_path, audio):

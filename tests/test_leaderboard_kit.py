@@ -11,7 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset
 from huggingface_hub import parse_eval_result_entries
-from tiny_models import loud_model, noise, tiny_processor
+from tiny_models import noise
 from transformers import pipeline
 
 from training import leaderboard
@@ -68,14 +68,6 @@ def stand_in(calls: list) -> types.ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    loud_model().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def run_eval(tmp_path, monkeypatch):
     """The kit's script beside a stand-in for the leaderboard's package; the calls of `load_data`."""
@@ -99,10 +91,10 @@ def run(module, model: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_manifest_field_by_field(run_eval, model, capsys):
+def test_the_manifest_field_by_field(run_eval, loud_model_folder, capsys):
     module, calls = run_eval
-    rows = run(module, model, "--dataset", "ami_cleaned")
-    transcriber = pipeline("automatic-speech-recognition", model=str(model))
+    rows = run(module, loud_model_folder, "--dataset", "ami_cleaned")
+    transcriber = pipeline("automatic-speech-recognition", model=str(loud_model_folder))
     for row, text, waveform, name in zip(rows, TEXTS, noise(0.4, 0.7, 0.3, 0.5, seed=4), "0123", strict=True):
         assert list(row) == ["audio_filepath", "duration", "time", "text", "pred_text"]
         assert row["audio_filepath"] == f"{name}.wav"
@@ -114,13 +106,13 @@ def test_the_manifest_field_by_field(run_eval, model, capsys):
     assert calls == [("hf-audio/open-asr-leaderboard", "ami_cleaned", "test", False)] * 2
     (path,) = Path("results").glob("*.jsonl")
     tail = "DATASET_hf-audio-open-asr-leaderboard_ami_cleaned_test.jsonl"
-    assert path.name == f"MODEL_{str(model).replace('/', '-')}_{tail}"
+    assert path.name == f"MODEL_{str(loud_model_folder).replace('/', '-')}_{tail}"
     output = capsys.readouterr().out
     assert "Model size: 0.00B parameters" in output and "RTFx: " in output
 
 
-def test_pieces_keep_what_puts_them_together(run_eval, model):
-    rows = run(run_eval[0], model, "--dataset_path", PIECED, "--dataset", "")
+def test_pieces_keep_what_puts_them_together(run_eval, loud_model_folder):
+    rows = run(run_eval[0], loud_model_folder, "--dataset_path", PIECED, "--dataset", "")
     assert [(row["parent_id"], row["chunk_index"]) for row in rows] == [("b", 1), ("b", 0), ("a", 0), ("b", 2)]
     (path,) = Path("results").glob("*.jsonl")
     assert path.name.endswith("_DATASET_somebody-recordings-in-pieces__test.jsonl")
@@ -131,8 +123,8 @@ def test_pieces_keep_what_puts_them_together(run_eval, model):
     assert merged[TEXTS[1]]["duration"] == pytest.approx(sum(row["duration"] for row in pieces))
 
 
-def test_a_trial_takes_the_first_samples(run_eval, model):
-    assert len(run(run_eval[0], model, "--dataset", "ami_cleaned", "--max_eval_samples", "3")) == 3
+def test_a_trial_takes_the_first_samples(run_eval, loud_model_folder):
+    assert len(run(run_eval[0], loud_model_folder, "--dataset", "ami_cleaned", "--max_eval_samples", "3")) == 3
 
 
 def test_shell_scripts_know_the_data_sets_and_refuse_to_guess(tmp_path):

@@ -123,9 +123,11 @@ def test_random_signals_are_covered(seed):
     rate = int(generator.choice([8_000, 11_025, 16_000, 44_100]))
     waveform = random_signal(generator)
     max_duration_s = float(generator.uniform(0.2, 5))
-    min_duration_s = float(generator.uniform(0, max_duration_s / 2))
+    min_duration_s = float(generator.uniform(0, 0.45 * max_duration_s))
     segments = split_at_pauses(waveform, rate, max_duration_s, min_duration_s)
     assert_covers(segments, waveform, max_duration_s, rate)
+    shortest = min((segment.end_s - segment.start_s for segment in segments), default=0.0)
+    assert len(segments) == 1 or shortest >= min_duration_s - 1e-9
 
 
 def random_signal(generator: np.random.Generator) -> np.ndarray:

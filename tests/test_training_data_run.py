@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -24,15 +23,9 @@ from training.data_report import DataReport
 from training.train import run
 from training.trainer import SpeechLLMTrainer, check_report_to
 
+pytestmark = pytest.mark.usefixtures("quick_data_sets")
+
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet_and_quick():
-    datasets.disable_progress_bars()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # at the end of every pass
-        yield
 
 
 @pytest.fixture(scope="module")
