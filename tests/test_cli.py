@@ -14,7 +14,7 @@ import soundfile
 
 from hf_speechllm import cli
 from hf_speechllm.transcript_formats import to_srt, to_vtt
-from hf_speechllm.transcription import TimedText, Transcript
+from hf_speechllm.transcription import TimedText, Transcript, _return_free_memory
 
 RATE = 16_000
 POISON = 0.75  # the fake model raises for recordings with this sample value
@@ -425,3 +425,16 @@ def test_as_a_process():
     assert result.returncode == 2
     assert result.stdout == ""
     assert "speechllm transcribe: error: argument --format: invalid choice: 'doc'" in result.stderr
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="holes in the heap are a matter of glibc")
+def test_holes_between_what_is_kept_go_back_to_the_system():
+    kept = [np.ones(100_000, np.uint8) for _ in range(1000)]  # too small for pages of their own
+    before = resident_mib()
+    del kept[:-1]  # the last one holds the heap up
+    _return_free_memory()
+    assert resident_mib() < before - 50
