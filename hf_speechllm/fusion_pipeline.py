@@ -30,9 +30,9 @@ from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText, labels_to_text_of
 from .hypothesis import Hypothesis
 from .logits_process import CTCPrefixLogitsProcessor
-from .pipeline_speechllm import LanguageModel, SegmentedPipeline, load_language_model
 from .processing_speechllm import MIN_DURATION_S
 from .rescoring import nbest_from_seq2seq, rescore_nbest
+from .segmented_pipeline import LanguageModel, SegmentedPipeline, load_language_model
 
 FUSION_OPTIONS = ("lm_weight", "length_reward", "lm_lowercase", "fusion", "ctc_beam_size", "fusion_interval")
 _GENERATE_OPTIONS = ("num_beams", "max_new_tokens", "language", "task")  # of encoder-decoders

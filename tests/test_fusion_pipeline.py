@@ -197,7 +197,7 @@ def test_options_mean_the_same_at_construction_and_in_a_call_which_they_do_not_o
 
 def test_a_language_model_is_loaded_from_a_folder_once(pipe, parts, lm_folder, monkeypatch):
     named = pipeline(TASK, **parts, lm=lm_folder, **OPTIONS)
-    monkeypatch.setattr("hf_speechllm.pipeline_speechllm.AutoModelForCausalLM", None)
+    monkeypatch.setattr("hf_speechllm.segmented_pipeline.AutoModelForCausalLM", None)
     assert [output["text"] for output in named(CLIPS, batch_size=3)] == [pipe(clip)["text"] for clip in CLIPS]
 
 

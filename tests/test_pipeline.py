@@ -117,7 +117,7 @@ def test_pipeline_resamples_a_dict_and_a_file_of_another_rate_alike(pipe, monkey
 
 
 def test_pipeline_fetches_a_web_address(pipe, texts, monkeypatch):
-    monkeypatch.setattr("hf_speechllm.pipeline_speechllm.urlopen", lambda address: io.BytesIO(wav(CLIPS[1])))
+    monkeypatch.setattr("hf_speechllm.segmented_pipeline.urlopen", lambda address: io.BytesIO(wav(CLIPS[1])))
     assert pipe("https://example.org/clip.wav")["text"] == texts[1]
 
 

@@ -36,9 +36,9 @@ from hf_speechllm.fusion_pipeline import FusionPipeline, pipeline_for_lm
 from hf_speechllm.hypothesis import Hypothesis
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.metrics import normalize_english, word_errors
-from hf_speechllm.pipeline_speechllm import load_language_model
 from hf_speechllm.rescoring import rescore_nbest
 from hf_speechllm.scale_tuning import ScaleChoice, tune_scales
+from hf_speechllm.segmented_pipeline import load_language_model
 from training.evaluation_data import UsageError, Utterance, batches, read_manifest
 from training.recognisers import is_speech_llm, load_pipeline
 
