@@ -42,6 +42,8 @@ class SpeechLLMPipeline(SegmentedPipeline):
         **kwargs: Any,
     ) -> AutomaticSpeechRecognitionPipeline:
         if model.config.model_type == "speechllm":
+            if ctc_model is not None:
+                raise ValueError("ctc_model: is for other models; a speech LLM has its own CTC head, see ctc_weight.")
             return super().__new__(cls)
         if ctc_model is not None:
             return pipeline_for_lm(model, has_ctc_model=True)(model, *args, lm=lm, ctc_model=ctc_model, **kwargs)

@@ -26,6 +26,7 @@ from hf_speechllm.ctc_prefix_score import CTCPrefixScorer
 from hf_speechllm.fusion_pipeline import Seq2SeqRescoringPipeline
 from hf_speechllm.label_chains import character_chains
 from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
+from hf_speechllm.pipeline_speechllm import SpeechLLMPipeline
 from hf_speechllm.rescoring import nbest_from_seq2seq
 
 JOINT = {"ctc_weight": 0.4, **GENERATE}
@@ -204,3 +205,11 @@ def test_a_share_of_ctc_without_a_ctc_model_is_refused(parts, scorer):
         pipeline(TASK, **seq2seq_parts("moonshine"), lm=scorer, ctc_weight=0.3)
     with pytest.raises(ValueError, match=message):
         pipeline(TASK, **seq2seq_parts("moonshine"), lm=scorer)(CLIPS[0], ctc_weight=0.3)
+
+
+def test_a_speech_llm_listens_by_itself(tmp_path):
+    model, processor = loud_model(), tiny_processor()
+    with pytest.raises(ValueError, match="ctc_model: is for other models; a speech LLM has its own CTC head"):
+        SpeechLLMPipeline(
+            model, processor.tokenizer, feature_extractor=processor.feature_extractor, ctc_model=str(tmp_path)
+        )
