@@ -155,7 +155,7 @@ def transcribe(
 
 def _return_free_memory() -> None:
     """Give what is freed back to the system: pieces all have other lengths, and glibc keeps the holes that they leave,
-    twice the memory of a piece after half an hour of speech."""
+    more of them the longer a recording is."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 

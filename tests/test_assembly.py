@@ -65,6 +65,16 @@ def language_model_folder(folder: Path, text: str = "llama", **overrides) -> str
     return str(folder)
 
 
+def save_parts(folder: Path, model, names: set[str], arguments: ModelArguments, tuning: TuningArguments) -> None:
+    """Writes what `training.train.run` leaves."""
+    folder.mkdir()
+    save_trained(model, names, folder)
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    stage = Stage("main", arguments, tuning, DataArguments(), None, {}, {})
+    (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
+
+
 def trained_folder(
     folder: Path, audio_model: str, language_model: str, tunings: list[TuningArguments], llm_units: str = "ctc"
 ):
@@ -78,12 +88,7 @@ def trained_folder(
         randomise(model, seed=seed)
         names |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.generation_config.ctc_weight = 0.25
-    folder.mkdir()
-    save_trained(model, names, folder)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {}, {})
-    (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
+    save_parts(folder, model, names, arguments, tunings[-1])
     return model.eval(), processor
 
 

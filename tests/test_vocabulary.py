@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_assembly import audio_folder, language_model_folder, randomise  # noqa: F401 (a fixture)
+from test_assembly import audio_folder, language_model_folder, randomise, save_parts  # noqa: F401 (a fixture)
 from tiny_models import LETTERS, noise, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSpeechSeq2Seq, AutoProcessor, AutoTokenizer
 
@@ -17,11 +17,10 @@ from hf_speechllm import CausalLMScorer
 from hf_speechllm.adapters import has_adapters
 from hf_speechllm.assembly import assemble, load_trained_parts
 from hf_speechllm.vocabulary import build_language_model, replace_vocabulary, subword_chains, subword_labels
-from training.arguments import DataArguments, ModelArguments, Stage, TuningArguments, load_stages
-from training.checkpoints import save_trained
+from training.arguments import ModelArguments, TuningArguments, load_stages
 from training.export import export
 from training.text_sources import read_texts
-from training.train import build_model, build_processor, named_now, recipe, run, set_trainable
+from training.train import build_model, build_processor, named_now, run, set_trainable
 from training.train_vocabulary import main, train_vocabulary
 
 TEXTS = [
@@ -257,12 +256,7 @@ def parts_of(folder: Path, arguments: ModelArguments, tunings: list[TuningArgume
         randomise(model, seed=seed)
         names |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.generation_config.max_new_tokens = 5
-    folder.mkdir()
-    save_trained(model, names, folder)
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    stage = Stage("main", arguments, tunings[-1], DataArguments(), None, {}, {})
-    (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
+    save_parts(folder, model, names, arguments, tunings[-1])
     return model.eval(), processor
 
 
