@@ -181,40 +181,24 @@ class Beam:
             return self
         return replace(self, labels=torch.nn.functional.pad(self.labels, (0, missing), value=NO_LABEL))
 
-    # Many small operations: autograd's book-keeping would take a fifth of the time. Not around the whole search, since
-    # what a language model keeps of its calls must stay usable in training.
     @torch.inference_mode()
-    def advance(
-        self, frame: Frame, recombine: Recombination, bonus: Tensor | None = None, start_bonus: Tensor | None = None
-    ) -> Beam:
-        """Returns the best K hypotheses one frame later.
+    def step(self, frame: Frame, recombine: Recombination, bonus: Tensor | None = None) -> Step:
+        """Returns all that may come of the beam in the next frame.
 
         Args:
             frame: the CTC output.
             recombine: how alignments of a hypothesis add up.
             bonus: [B, K] nats that a hypothesis has beyond its CTC score, for the ranking.
-            start_bonus: [B, K or 1, C] further nats if it starts a label of the frame.
         """
-        num_choices = frame.choices.shape[1]
         prefix, has_no_prefix = self.prefix.clamp(min=0), self.prefix < 0
         kept_blank, kept_label = self._stay(frame, recombine, prefix, has_no_prefix)
-        # B, K, C+1: log-prob with a label in this frame, of each label started and, last, of none.
         log_prob_label = self._start_label(frame, prefix, has_no_prefix)
         log_prob_label[:, :, -1] = kept_label
         score = log_prob_label.clone()
-        if start_bonus is not None:
-            score[:, :, :-1] += start_bonus
         score[:, :, -1] = recombine(kept_blank, kept_label)
         if bonus is not None:
             score += bonus[:, :, None]
-
-        chosen = score.flatten(1).topk(self.num_labels.shape[1], dim=1).indices  # B, K
-        parent = chosen.div(num_choices, rounding_mode="floor")
-        gained = frame.choices.gather(1, chosen.remainder(num_choices))
-        is_new = gained != NO_LABEL
-        log_prob_blank = kept_blank.gather(1, parent).masked_fill_(is_new, -math.inf)
-        log_prob_label = log_prob_label.flatten(1).gather(1, chosen)
-        return self._select(parent, gained, is_new, log_prob_blank, log_prob_label, recombine)
+        return Step(self, frame, recombine, score, kept_blank, log_prob_label)
 
     def _stay(
         self, frame: Frame, recombine: Recombination, prefix: Tensor, has_no_prefix: Tensor
@@ -241,6 +225,62 @@ class Beam:
         in_beam = torch.zeros_like(is_last).scatter_reduce_(1, prefix[:, :, None].expand_as(is_last), is_last, "amax")
         return log_prob.masked_fill_(in_beam, -math.inf)
 
+
+# Many small operations: autograd's book-keeping would take a fifth of the time. Not around the whole search, since what
+# a language model keeps of its calls must stay usable in training.
+@dataclass(frozen=True, eq=False)
+class Step:
+    """All that may come of a beam in one frame; made by `Beam.step`.
+
+    Attributes:
+        beam: K hypotheses before the frame.
+        frame: the CTC output of the frame.
+        recombine: how alignments of a hypothesis add up.
+        score: [B, K, C+1] of each hypothesis with each label of the frame started and, last, with none: CTC and bonus,
+            without what starting a label brings. -inf where another one covers the same sequence.
+    """
+
+    beam: Beam
+    frame: Frame
+    recombine: Recombination
+    score: Tensor
+    _kept_blank: Tensor  # [B, K] log-prob of the same hypothesis, ending in blank
+    _log_prob_label: Tensor  # [B, K, C+1] log-probs that end in a label
+
+    @torch.inference_mode()
+    def may_start(self, start_bonus: Tensor, is_exact: Tensor) -> Tensor:
+        """[B, K] bool: whether a label that the hypothesis starts may be among the best K.
+
+        Args:
+            start_bonus: [B, K, C] nats for starting each label of the frame; an upper bound where it is not exact.
+            is_exact: [B, K] bool, of which hypotheses the bonus is.
+        """
+        started = self.score[:, :, :-1] + start_bonus  # B, K, C
+        certain = torch.cat((started.masked_fill(~is_exact[:, :, None], -math.inf), self.score[:, :, -1:]), dim=2)
+        worst_of_best = certain.flatten(1).topk(certain.shape[1], dim=1).values[:, -1]  # B
+        best_started = started.amax(2)
+        return (best_started >= worst_of_best[:, None]) & (best_started > -math.inf)
+
+    @torch.inference_mode()
+    def best(self, start_bonus: Tensor | None = None) -> Beam:
+        """The best K hypotheses after the frame.
+
+        Args:
+            start_bonus: [B, K or 1, C] nats for starting each label of the frame.
+        """
+        score = self.score
+        if start_bonus is not None:
+            score = score.clone()
+            score[:, :, :-1] += start_bonus
+        num_hypotheses, num_choices = score.shape[1:]
+        chosen = score.flatten(1).topk(num_hypotheses, dim=1).indices  # B, K
+        parent = chosen.div(num_choices, rounding_mode="floor")
+        gained = self.frame.choices.gather(1, chosen.remainder(num_choices))
+        is_new = gained != NO_LABEL
+        log_prob_blank = self._kept_blank.gather(1, parent).masked_fill_(is_new, -math.inf)
+        log_prob_label = self._log_prob_label.flatten(1).gather(1, chosen)
+        return self._select(parent, gained, is_new, log_prob_blank, log_prob_label)
+
     def _select(
         self,
         parent: Tensor,
@@ -248,26 +288,26 @@ class Beam:
         is_new: Tensor,
         log_prob_blank: Tensor,
         log_prob_label: Tensor,
-        recombine: Recombination,
     ) -> Beam:
         """The beam of the hypotheses `parent` plus the label `gained` where `is_new`, with their log-probs, [B, K]."""
-        num_labels = self.num_labels.gather(1, parent)
-        labels = self.labels.gather(1, parent[:, :, None].expand_as(self.labels))
+        beam = self.beam
+        num_labels = beam.num_labels.gather(1, parent)
+        labels = beam.labels.gather(1, parent[:, :, None].expand_as(beam.labels))
         labels.scatter_(2, num_labels[:, :, None], gained[:, :, None])
         num_labels = num_labels + is_new
 
         pair = parent[:, :, None] * parent.shape[1] + parent[:, None]  # B, K, K
-        common = self._common_length.flatten(1).gather(1, pair.flatten(1)).view_as(pair)
+        common = beam._common_length.flatten(1).gather(1, pair.flatten(1)).view_as(pair)
         next_label = labels.gather(2, common)  # of the first of each pair; the transpose has that of the second
         common += (next_label == next_label.transpose(1, 2)) & (next_label != NO_LABEL)
 
-        log_prob = recombine(log_prob_blank, log_prob_label)
+        log_prob = self.recombine(log_prob_blank, log_prob_label)
         # Rows without probability may repeat others.
         length = num_labels.masked_fill(log_prob == -math.inf, -2)
         is_prefix = (common == length[:, :, None]) & (length[:, None] == length[:, :, None] + 1)  # of second in pair
         position = torch.arange(1, 1 + parent.shape[1], device=parent.device)
         prefix = (is_prefix * position[:, None]).amax(1) - 1
-        last_label = torch.where(is_new, gained, self.last_label.gather(1, parent))
+        last_label = torch.where(is_new, gained, beam.last_label.gather(1, parent))
         return Beam(
             log_prob_blank, log_prob_label, log_prob, labels, num_labels, last_label, prefix, parent, gained, common
         )

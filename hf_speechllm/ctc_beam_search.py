@@ -5,7 +5,7 @@ labels and the blank). All scores are natural-log probabilities.
 
     none      prefix beam search; N-best lists for rescoring.
     label     a label is a token of the language model: log P(token | history) counts when the label starts, before the
-              beam is pruned. One call of the language model per frame in which a surviving hypothesis gained a label.
+              beam is pruned. The language model is called when a continuation that it has to score may survive.
     delayed   labels and tokens differ: every `interval` frames, and in the end, complete words become tokens and count
               from then on. Nothing is added for the beginning of a word.
 
@@ -132,9 +132,9 @@ def _search(
     for t in range(emissions.num_frames):
         if t % _FRAMES_PER_CHECK == 0:
             beam = beam.with_room(_FRAMES_PER_CHECK)
-        frame = emissions.frame(t)
-        start_bonus = fusion.start_bonus(state, frame.labels)
-        beam = beam.advance(frame, _RECOMBINE[recombination], state.bonus, start_bonus)
+        step = beam.step(emissions.frame(t), _RECOMBINE[recombination], state.bonus)
+        state, start_bonus = fusion.before_pruning(state, step)
+        beam = step.best(start_bonus)
         state = fusion.advance(state, beam)
     return beam, fusion.finish(state, beam)
 

@@ -3,8 +3,9 @@
 Shape legend: B utterances, K hypotheses per utterance, C labels considered per frame, A label axis of the CTC output
 (blank included), V vocabulary of the language model, R rows of the language model's state, M new tokens per row.
 
-A fusion is an object with settings, and a state per beam (`start`, then `advance` once per frame, in the end `finish`).
-The search adds `state.bonus` to the CTC score of each hypothesis and `start_bonus` where one gains a label.
+A fusion is an object with settings, and a state per beam: `start`, then `before_pruning` and `advance` in each frame,
+and `finish`. The search adds `state.bonus` to the CTC score of each hypothesis, and where one gains a label what
+`before_pruning` returns.
 
 Source: Hannun et al. (2014), "First-pass large vocabulary continuous speech recognition using bi-directional recurrent
 DNNs", for the label-wise score; Schmitt et al. (2026), "LLMs and Speech: Integration vs. Combination", for delayed
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ctc_beam import NO_LABEL, Beam, score_dtype
+from .ctc_beam import NO_LABEL, Beam, Step, score_dtype
 from .ctc_text import LabelsToText, complete_words
 from .label_units import LabelUnits
 from .lm_score import CausalLMScorer, LMState
@@ -78,12 +79,14 @@ class LabelFusionState:
     scores: FusionScores
     _lm_state: LMState | None
     _lm_row: Tensor  # [B, K] row of `_lm_state`
+    _unread: Tensor  # [B, K] the last token, if the row does not hold it, or `NO_LABEL`
 
 
 class LabelFusion:
     """Adds the scores of each label in the frame that starts it, before the beam is pruned.
 
-    Without a language model only prior and length reward count.
+    Without a language model only prior and length reward count. The language model is called when a label started by a
+    hypothesis that it has not read may be among the best: until then log P <= 0 bounds what that label brings.
 
     Args:
         scales: weights.
@@ -105,22 +108,37 @@ class LabelFusion:
         """The state of the beam before the first frame."""
         zeros, no_row = torch.zeros_like(beam.log_prob), torch.zeros_like(beam.num_labels)
         lm_state = self.lm.start(1) if self.lm is not None else None
-        return LabelFusionState(
-            None if self._is_idle else zeros, FusionScores(zeros, zeros, beam.num_labels), lm_state, no_row
-        )
+        scores = FusionScores(zeros, zeros, beam.num_labels)
+        return LabelFusionState(None if self._is_idle else zeros, scores, lm_state, no_row, no_row + NO_LABEL)
 
-    def start_bonus(self, state: LabelFusionState, labels: Tensor) -> Tensor | None:
-        """[B, K or 1, C] nats for starting each of `labels` [B, C]."""
+    def before_pruning(self, state: LabelFusionState, step: Step) -> tuple[LabelFusionState, Tensor | None]:
+        """The state with what the step needs of the language model, and [B, K or 1, C] nats for starting a label."""
         if self._is_idle:
-            return None
+            return state, None
+        labels = step.frame.labels
+        start_bonus = self._start_bonus(state, labels)
+        is_unread = (state._unread != NO_LABEL) & step.beam.is_alive
+        if not bool(is_unread.any()):
+            return state, start_bonus
+        # With a negative weight nothing bounds the score of the language model.
+        is_bounded = self.scales.lm_weight >= 0
+        if not is_bounded or bool((is_unread & step.may_start(start_bonus, ~is_unread)).any()):
+            # All of them: another call later would cost more than their rows in this one.
+            state = self._read(state, is_unread, step.beam.is_alive)
+            start_bonus = self._start_bonus(state, labels)
+        return state, start_bonus
+
+    def _start_bonus(self, state: LabelFusionState, labels: Tensor) -> Tensor:
+        """[B, K or 1, C] nats for starting each of `labels` [B, C], at least; more than that only where unread."""
         none = torch.zeros(labels.shape, dtype=score_dtype(labels.device), device=labels.device)[:, None]
         scores = FusionScores(none, none, torch.ones_like(none, dtype=torch.long))
         if self.prior is not None:
             scores = scores._replace(prior_log_prob=self.prior[labels][:, None])
         if state._lm_state is not None:
             token = self.label_units.labels_to_tokens(labels)[:, None]  # B, 1, C
-            lm_log_prob = state._lm_state.next_log_probs[state._lm_row[:, :, None], token]
-            scores = scores._replace(lm_log_prob=lm_log_prob.to(none))
+            lm_log_prob = state._lm_state.next_log_probs[state._lm_row[:, :, None], token].to(none)
+            is_unread = (state._unread != NO_LABEL)[:, :, None]
+            scores = scores._replace(lm_log_prob=lm_log_prob.masked_fill(is_unread, 0.0))
         return self.scales.combine(scores)
 
     def advance(self, state: LabelFusionState, beam: Beam) -> LabelFusionState:
@@ -132,37 +150,38 @@ class LabelFusion:
         if self.prior is not None:
             prior_log_prob = prior_log_prob + self.prior[label].masked_fill(~is_new, 0.0)
         lm_log_prob = state.scores.lm_log_prob.gather(1, beam.parent)
-        lm_state, row = state._lm_state, state._lm_row.gather(1, beam.parent)
-        if lm_state is not None:
+        row, unread = state._lm_row.gather(1, beam.parent), state._unread.gather(1, beam.parent)
+        if state._lm_state is not None:
+            # Only hypotheses that were read have surviving continuations.
             token = self.label_units.labels_to_tokens(label)
-            gained = lm_state.next_log_probs[row, token].to(lm_log_prob)
+            gained = state._lm_state.next_log_probs[row, token].to(lm_log_prob)
             lm_log_prob = lm_log_prob + gained.masked_fill(~is_new, 0.0)
-            lm_state, row = self._advance_lm(lm_state, row, token, is_new, beam.is_alive)
+            unread = torch.where(is_new, token, unread)
         scores = FusionScores(lm_log_prob, prior_log_prob, beam.num_labels)
         bonus = None if self._is_idle else self.scales.combine(scores)
-        return LabelFusionState(bonus, scores, lm_state, row)
+        return LabelFusionState(bonus, scores, state._lm_state, row, unread)
 
-    def _advance_lm(
-        self, lm_state: LMState, row: Tensor, token: Tensor, is_new: Tensor, is_alive: Tensor
-    ) -> tuple[LMState, Tensor]:
-        """Appends `token` [B, K] to `row` [B, K] where it is new, and drops the rows that nobody needs."""
-        is_new = is_new & is_alive
-        if not bool(is_new.any()):
-            return lm_state, row
-        is_kept = is_alive & ~is_new
-        kept, place = row[is_kept].unique(return_inverse=True)
-        parent = torch.cat((kept, row[is_new]))
-        tokens = torch.cat((torch.zeros_like(kept), token[is_new]))
-        num_tokens = (torch.arange(len(parent), device=row.device) >= len(kept)).long()
-        new_row = torch.zeros_like(row)
-        new_row[is_kept] = place
-        new_row[is_new] = torch.arange(len(kept), len(parent), device=row.device)
-        return self.lm.advance(lm_state, parent, tokens[:, None], num_tokens), new_row
+    def _read(self, state: LabelFusionState, is_read: Tensor, is_alive: Tensor) -> LabelFusionState:
+        """Lets the language model read the last token where `is_read` [B, K], and drops rows that nobody needs."""
+        is_kept = is_alive & ~is_read
+        kept, place = state._lm_row[is_kept].unique(return_inverse=True)
+        parent = torch.cat((kept, state._lm_row[is_read]))
+        tokens = torch.cat((torch.zeros_like(kept), state._unread[is_read]))
+        num_tokens = (torch.arange(len(parent), device=parent.device) >= len(kept)).long()
+        lm_state = self.lm.advance(state._lm_state, parent, tokens[:, None], num_tokens)
+        row = torch.zeros_like(state._lm_row)
+        row[is_kept] = place
+        row[is_read] = torch.arange(len(kept), len(parent), device=parent.device)
+        unread = state._unread.masked_fill(is_read, NO_LABEL)
+        return replace(state, _lm_state=lm_state, _lm_row=row, _unread=unread)
 
     def finish(self, state: LabelFusionState, beam: Beam) -> FusionScores:
         """Scores of the final hypotheses, the language model's end of sequence included."""
         if state._lm_state is None:
             return state.scores
+        is_unread = (state._unread != NO_LABEL) & beam.is_alive
+        if bool(is_unread.any()):
+            state = self._read(state, is_unread, beam.is_alive)
         eos = state._lm_state.next_log_probs[state._lm_row, self.lm.eos_token_id]
         return state.scores._replace(lm_log_prob=state.scores.lm_log_prob + eos.to(state.scores.lm_log_prob))
 
@@ -252,8 +271,9 @@ class DelayedFusion:
             _scored={(): _ScoredWords(0, 0.0, 0)},
         )
 
-    def start_bonus(self, state: DelayedFusionState, labels: Tensor) -> None:
+    def before_pruning(self, state: DelayedFusionState, step: Step) -> tuple[DelayedFusionState, None]:
         """Nothing: what a label is worth is known when its word is complete."""
+        return state, None
 
     def advance(self, state: DelayedFusionState, beam: Beam) -> DelayedFusionState:
         """The state after the frame that led to `beam`."""

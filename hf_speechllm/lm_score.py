@@ -12,6 +12,7 @@ cache is therefore kept aligned at its *right* edge: padding stands on the left 
 
 so that the distance between two columns is the distance between their tokens. Sliding windows, chunked attention and
 relative positions are exact as they are in `generate`, which pads on the left too, and there are no holes to clean up.
+Between the calls keys and values lie in a pool (kv_pool.py), and a state knows the places of its rows' tokens in it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-_KeysValues = tuple[tuple[Tensor, Tensor], ...]  # per layer [N, G, W, D] twice
+from .kv_pool import KeysValues, KVPool
 
 _PROBE_WORDS = ("a", "b")
 
@@ -50,7 +51,8 @@ class LMState:
     next_log_probs: Tensor
     token_log_prob: Tensor
     _lengths: Tensor  # [N] on the host: cached tokens per row, those of the start included
-    _keys_values: _KeysValues  # right-aligned: row n occupies the last _lengths[n] columns
+    _pool: KVPool
+    _places: Tensor  # [N, W] on the host, of each token in the pool; row n: the first _lengths[n], then its first again
 
     def __len__(self) -> int:
         return self.next_log_probs.shape[0]
@@ -61,8 +63,8 @@ class CausalLMScorer:
 
     Every history starts with the model's BOS (EOS where there is none, as transformers does for GPT-2), then `prompt`.
     The model runs as it is at each call: plain if its adapters are switched off. Computation is in the model's dtype,
-    log-probs are float32. Each state owns a copy of its rows' keys and values, also of the positions beyond a sliding
-    window: memory grows with N times the longest history.
+    log-probs are float32. Keys and values are kept of all positions, also of those beyond a sliding window, and once
+    for all rows that share a history: memory grows with the number of distinct tokens.
 
     Args:
         model: a causal language model in evaluation mode. It must attend to all its tokens: models that carry a
@@ -118,15 +120,17 @@ class CausalLMScorer:
             raise ValueError(f"num_rows: expected at least 1, got {num_rows}.")
         ids = torch.tensor([self.start_token_ids])  # 1, W
         length = torch.tensor([ids.shape[1]])
-        logits, keys_values = self._forward((), torch.zeros_like(length), ids, length)
+        logits, new_states = self._forward((), torch.zeros_like(length), ids, length)
         next_log_probs = torch.log_softmax(logits[:, -1].float(), dim=-1)
         no_tokens = torch.zeros(num_rows, dtype=_sum_dtype(self.device), device=self.device)
-        every_row = torch.zeros(num_rows, dtype=torch.long)
+        pool = KVPool()
+        places = pool.append(new_states, torch.ones_like(ids, dtype=torch.bool))
         return LMState(
             next_log_probs.expand(num_rows, -1),
             no_tokens,
             length.expand(num_rows),
-            _take_rows(keys_values, every_row, ids.shape[1]),
+            pool,
+            places.expand(num_rows, -1),
         )
 
     @torch.no_grad()
@@ -157,29 +161,31 @@ class CausalLMScorer:
         next_log_probs = state.next_log_probs[row]  # N', V
         token_log_prob = torch.zeros(len(parent), dtype=state.token_log_prob.dtype, device=self.device)
         active = num_tokens.nonzero().flatten()  # A
+        places = state._places[parent]  # N', W
         if len(active) == 0:
-            return LMState(next_log_probs, token_log_prob, lengths, _take_rows(state._keys_values, parent, width))
+            return LMState(next_log_probs, token_log_prob, lengths, state._pool, places[:, :width])
 
         # A, M without what only idle rows would need; padding is token 0, which every model can embed.
         num_new = num_tokens[active]
         new_tokens = tokens[active, : int(num_new.max())]
-        new_tokens = new_tokens.masked_fill(torch.arange(new_tokens.shape[1]) >= num_new[:, None], 0)
-        past_width = int(past_lengths[active].max())
-        past = _take_rows(state._keys_values, parent[active], past_width)
-        logits, computed = self._forward(past, past_lengths[active], new_tokens, num_new)
+        is_new = torch.arange(new_tokens.shape[1]) < num_new[:, None]
+        new_tokens = new_tokens.masked_fill(~is_new, 0)
+        past = state._pool.gather(_align_right(places[active], past_lengths[active]))
+        logits, new_states = self._forward(past, past_lengths[active], new_tokens, num_new)
 
         target = active.to(self.device)
         token_log_prob[target] = self._sum_log_probs(next_log_probs[target], logits[:, :-1], new_tokens, num_new)
         last_logits = logits[torch.arange(len(active)), num_new - 1]  # A, V
         next_log_probs[target] = torch.log_softmax(last_logits.float(), dim=-1)
 
-        computed = _align_right(computed, past_width + num_new, int(lengths[active].max()))
-        if len(active) == len(parent):
-            return LMState(next_log_probs, token_log_prob, lengths, computed)
-        idle = (num_tokens == 0).nonzero().flatten()
-        unchanged = _take_rows(state._keys_values, parent[idle], int(past_lengths[idle].max()))
-        place = torch.cat([active, idle]).argsort()  # N', row of the concatenation
-        return LMState(next_log_probs, token_log_prob, lengths, _concatenate_rows(computed, unchanged, place, width))
+        pool, places = state._pool.with_room(int(num_new.sum()), places)
+        first = places[:, :1]
+        places = torch.nn.functional.pad(places, (0, max(0, width - places.shape[1])))[:, :width]
+        new_row, column = is_new.nonzero(as_tuple=True)
+        new_row = active[new_row]
+        places[new_row, past_lengths[new_row] + column] = pool.append(new_states, is_new)
+        places = torch.where(torch.arange(width) < lengths[:, None], places, first)
+        return LMState(next_log_probs, token_log_prob, lengths, pool, places)
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[Sequence[int]], *, include_eos: bool = True) -> Tensor:
@@ -238,17 +244,16 @@ class CausalLMScorer:
         if int(num_tokens.max()) == 0:
             return torch.zeros(len(sequences), dtype=torch.float64)
         targets = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids, dtype=torch.long) for ids in sequences], True)
-        every_row = torch.zeros(len(sequences), dtype=torch.long)
         logits = start.next_log_probs.new_empty(len(sequences), 0, self.vocab_size)
         if targets.shape[1] > 1:  # the last token of each sequence is predicted, never read
-            past = _take_rows(start._keys_values, every_row, len(self.start_token_ids))
+            past = start._pool.gather(start._places.expand(len(sequences), -1))
             lengths = start._lengths.expand(len(sequences))
             logits, _ = self._forward(past, lengths, targets[:, :-1], (num_tokens - 1).clamp(min=1))
         return self._sum_log_probs(start.next_log_probs.expand(len(sequences), -1), logits, targets, num_tokens)
 
     def _forward(
-        self, past: _KeysValues, past_lengths: Tensor, tokens: Tensor, num_tokens: Tensor
-    ) -> tuple[Tensor, _KeysValues]:
+        self, past: KeysValues, past_lengths: Tensor, tokens: Tensor, num_tokens: Tensor
+    ) -> tuple[Tensor, KeysValues]:
         """Runs the model on A rows of 1 to M tokens after their past.
 
         Args:
@@ -258,7 +263,7 @@ class CausalLMScorer:
             num_tokens: [A] on the host, 1 to M.
 
         Returns:
-            logits [A, M, V], and the keys and values of W + M columns: past, new tokens, padding.
+            logits [A, M, V], and the keys and values of the M columns.
         """
         max_new = tokens.shape[1]
         total = int((past_lengths + num_tokens).max())
@@ -281,8 +286,8 @@ class CausalLMScorer:
             offset = torch.minimum(torch.arange(max_new), num_tokens[:, None] - 1)
             inputs["position_ids"] = (past_lengths[:, None] + offset).to(self.device)
         output = self.model(**inputs, use_cache=True)
-        keys_values = tuple((layer[0], layer[1]) for layer in output.past_key_values)
-        return output.logits, keys_values
+        new_states = [(layer[0][:, :, -max_new:], layer[1][:, :, -max_new:]) for layer in output.past_key_values]
+        return output.logits, new_states
 
     def _sum_log_probs(self, first: Tensor, logits: Tensor, targets: Tensor, num_tokens: Tensor) -> Tensor:
         """[A] log P of the first `num_tokens` of `targets`.
@@ -384,33 +389,10 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prefix: str, words: list[str]) -
     return tokenizer(prefix + " ".join(words), add_special_tokens=False)["input_ids"]
 
 
-def _take_rows(keys_values: _KeysValues, row: Tensor, width: int) -> _KeysValues:
-    """The last `width` columns of the rows `row` [N', on the host]: N, G, W, D -> N', G, width, D."""
-    return tuple((k[:, :, -width:][row.to(k.device)], v[:, :, -width:][row.to(v.device)]) for k, v in keys_values)
-
-
-def _align_right(keys_values: _KeysValues, end: Tensor, width: int) -> _KeysValues:
-    """Moves the column before `end` [N, on the host] of each row to the right edge: N, G, W, D -> N, G, width, D."""
-    if bool((end == keys_values[0][0].shape[2]).all()):
-        return tuple((k[:, :, -width:], v[:, :, -width:]) for k, v in keys_values)
-    # Columns left of a row's history may hold anything finite: they are masked.
-    column = (torch.arange(width) - width + end[:, None]).clamp(min=0)  # N, width
-
-    def move(states: Tensor) -> Tensor:
-        index = column.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-        return states.gather(2, index)
-
-    return tuple((move(k), move(v)) for k, v in keys_values)
-
-
-def _concatenate_rows(first: _KeysValues, second: _KeysValues, order: Tensor, width: int) -> _KeysValues:
-    """Rows of both in the order given, padded on the left: N1, G, W1, D and N2, G, W2, D -> N1+N2, G, width, D."""
-
-    def join(one: Tensor, two: Tensor) -> Tensor:
-        padded = [torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0)) for states in (one, two)]
-        return torch.cat(padded)[order.to(one.device)]
-
-    return tuple((join(k1, k2), join(v1, v2)) for (k1, v1), (k2, v2) in zip(first, second, strict=True))
+def _align_right(places: Tensor, lengths: Tensor) -> Tensor:
+    """The first `lengths` [N] of `places` [N, W] at the right edge, [N, longest]; any place stands left of them."""
+    width = int(lengths.max())
+    return places.gather(1, (torch.arange(width) - width + lengths[:, None]).clamp(min=0))
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:

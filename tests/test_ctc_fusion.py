@@ -110,15 +110,16 @@ def test_pruned_label_fusion_equals_dictionaries(seed, num_frames, beam_size, to
         assert x.lm_log_prob == pytest.approx(lm.log_prob(tokens, eos=True), abs=1e-5)
 
 
-def test_label_fusion_calls_the_language_model_for_new_labels_of_the_beam_only() -> None:
-    """Frames of certain blank cost no call, others one for both utterances."""
-    probs = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(2, 6, 1)
+def test_label_fusion_calls_the_language_model_where_a_continuation_may_survive() -> None:
+    probs = torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(2, 8, 1)  # certain blanks cost no call
     probs[:, 1] = torch.tensor([0.5, 0.3, 0.15, 0.05])  # the empty hypothesis stays, two of three labels survive
+    probs[0, 3] = torch.tensor([0.999, 0.0, 0.0, 0.001])  # a label that none of the three would survive with
     # () becomes (1), which is in the beam; (1) and (2) gain the label, and keep it for another frame.
-    probs[0, 3:5] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    probs[0, 4:6] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     lm = HistoryLM()
     search(probs.log(), beam_size=3, fusion="label", lm=lm, label_units=UNITS, lm_weight=0.01)
-    assert lm.calls == [2 * 2, 2]
+    read = 2 * 2  # both utterances, when the first one needs it
+    assert lm.calls == [read, 2]  # in the end, the two hypotheses of the first utterance that are new since then
 
 
 def test_the_language_model_turns_the_answer_within_the_beam() -> None:
