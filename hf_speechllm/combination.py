@@ -11,6 +11,7 @@ delayed_fusion  one pass, the language model scores each word when it is complet
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from .label_units import LabelUnits
 from .lm_score import CausalLMScorer
 
 FUSION_OF_MODE = {"ctc_beam": "none", "rescoring": "delayed", "label_fusion": "label", "delayed_fusion": "delayed"}
+LabelsToTokens = Callable[[Sequence[int]], list[int]]
 MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
 
 
@@ -132,21 +134,25 @@ class DecodingOptions:
 
 
 def pad_hypotheses(
-    nbests: list[list[Hypothesis]], label_to_token: Tensor, n_best: int, pad_token_id: int
+    nbests: list[list[Hypothesis]], labels_to_tokens: LabelsToTokens, n_best: int, pad_token_id: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens `[B * n_best, N]` and scores `[B * n_best]`; a list that is shorter is filled up with empty hypotheses.
 
     Args:
         nbests: Per utterance, best first.
-        label_to_token: `[U+1]` token of each label.
+        labels_to_tokens: Tokens of the language model for the labels of a hypothesis.
         n_best: Hypotheses per utterance.
         pad_token_id: Fills up the tokens on the right.
     """
     rows, scores = [], []
     for utterance in nbests:
         for index in range(n_best):
-            labels = utterance[index].labels if index < len(utterance) else ()
-            rows.append(label_to_token[torch.tensor(labels, dtype=torch.long, device=label_to_token.device)])
+            rows.append(labels_to_tokens(utterance[index].labels) if index < len(utterance) else [])
             scores.append(utterance[index].log_score if index < len(utterance) else -torch.inf)
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
-    return tokens, torch.tensor(scores, device=tokens.device)
+    return pad_tokens(rows, pad_token_id), torch.tensor(scores)
+
+
+def pad_tokens(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    """`[len(rows), N]`, filled up with `pad_token_id` on the right."""
+    tokens = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_token_id)

@@ -5,6 +5,7 @@ Decoding options beyond those of transformers are the fields of [`DecodingOption
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .audio_encoders import lens_to_mask
-from .combination import DecodingOptions, pad_hypotheses
+from .combination import DecodingOptions, LabelsToTokens, pad_hypotheses, pad_tokens
+from .configuration_speechllm import SpeechLLMConfig
 from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText
 from .decoder_inputs import DecoderInputs
@@ -81,7 +83,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             logits_processor: Further processors, applied after the joint CTC score.
             lm: A language model to combine with. In the combined modes it takes the place of the model's own; in mode
                 `"llm"` it is added by shallow fusion with `lm_weight`, and must have the same vocabulary.
-            tokenizer: That of the language model (the processor's); modes `"rescoring"` and `"delayed_fusion"` need it.
+            tokenizer: That of the language model (the processor's); needed to combine with a language model, and in all
+                modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`).
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
             kwargs: Any option of transformers' `generate`, and the fields of [`DecodingOptions`].
 
@@ -91,7 +94,7 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             `"llm"`, a [`SpeechLLMSearchOutput`] in the modes that search over CTC labels.
 
         Raises:
-            ValueError: If an option is out of range, or needs a CTC head with labels that are LLM tokens.
+            ValueError: If an option is out of range, or the CTC head that it needs is not there or has other labels.
         """
         if input_features is None:
             raise ValueError("input_features is required: pass the output of the processor for the audio.")
@@ -117,7 +120,7 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         elif options.searches_labels:
             output = self._search_labels(audio, options, n_best, generation_config, lm, tokenizer)
         else:
-            output = self._ctc_greedy_tokens(audio, generation_config)
+            output = self._ctc_greedy_tokens(audio, generation_config, tokenizer)
         return _after_prompt(input_ids, output)
 
     def _completed(self, generation_config: GenerationConfig | None) -> GenerationConfig:
@@ -212,13 +215,16 @@ class SpeechLLMGenerationMixin(GenerationMixin):
                 "so it cannot be the one to combine with too; load it a second time."
             )
         is_joint = mode == "llm" and ctc_weight > 0.0
+        has_tokens, has_own_labels = self.config.ctc_token_ids is not None, self.config.ctc_labels is not None
         if is_joint and self.config.ctc_chain_length is not None:
             return  # the chains say how labels and tokens are related, whatever the labels are
-        if (is_joint or mode != "llm") and self.config.ctc_token_ids is None:
+        if (is_joint or mode == "label_fusion") and not has_tokens:
             raise ValueError(
                 f"ctc_weight={ctc_weight}, mode={mode!r} need a CTC head whose labels are tokens of the language model "
                 "(config.ctc_token_ids); this model has none. Use ctc_weight=0 and mode='llm'."
             )
+        if mode != "llm" and not (has_tokens or has_own_labels):
+            raise ValueError(f"mode={mode!r} needs a CTC head; this model has none. Use ctc_weight=0 and mode='llm'.")
 
     def _search_labels(
         self,
@@ -234,7 +240,10 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         needs_lm = lm is None and options.mode != "ctc_beam"
         if tokenizer is None and (options.needs_text or needs_lm):
             raise ValueError(f"tokenizer is required for mode {options.mode!r}: pass tokenizer=processor.tokenizer.")
-        token_ids = torch.tensor([*config.ctc_token_ids, -1], device=audio.ctc_log_probs.device)  # U+1, of each label
+        label_units = None
+        if options.mode == "label_fusion":
+            token_ids = torch.tensor(config.ctc_token_ids, device=audio.ctc_log_probs.device)
+            label_units = LabelUnits.from_token_ids(token_ids, config.text_config.vocab_size, config.blank_id)
         with self.plain_language_model():
             nbests = options.search(
                 audio.ctc_log_probs,
@@ -242,11 +251,13 @@ class SpeechLLMGenerationMixin(GenerationMixin):
                 config.blank_id,
                 lm=CausalLMScorer(self.language_model, tokenizer) if needs_lm else lm,
                 log_prior=self.ctc_head.log_prior,
-                label_units=LabelUnits.from_token_ids(token_ids[:-1], config.text_config.vocab_size, config.blank_id),
-                labels_to_text=_speller(tokenizer, config.ctc_token_ids) if options.needs_text else None,
+                label_units=label_units,
+                labels_to_text=_labels_to_text(config, tokenizer) if options.needs_text else None,
                 n_best=n_best,
             )
-        tokens, scores = pad_hypotheses(nbests, token_ids, n_best, _pad_token_id(generation_config))
+        labels_to_tokens = _labels_to_tokens(config, tokenizer)
+        tokens, scores = pad_hypotheses(nbests, labels_to_tokens, n_best, _pad_token_id(generation_config))
+        tokens, scores = tokens.to(audio.encoder_out_lens.device), scores.to(audio.encoder_out_lens.device)
         if not generation_config.return_dict_in_generate:
             return tokens
         return SpeechLLMSearchOutput(sequences=tokens, sequences_scores=scores, hypotheses=nbests)
@@ -270,7 +281,9 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             )
         return CTCPrefixLogitsProcessor(scorer, options.ctc_weight, eos_token_id, self.label_units)
 
-    def _ctc_greedy_tokens(self, audio: ModelOutput, generation_config: GenerationConfig) -> torch.Tensor:
+    def _ctc_greedy_tokens(
+        self, audio: ModelOutput, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> torch.Tensor:
         """The most probable CTC path, repeats and blanks removed, as token ids `[B, N]`."""
         blank_id = self.config.blank_id
         if audio.ctc_log_probs is None:
@@ -282,14 +295,35 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         repeated = torch.zeros_like(path, dtype=torch.bool)
         repeated[:, 1:] = path[:, 1:] == path[:, :-1]
         keep = (path != blank_id) & ~repeated
-        token_ids = torch.tensor(self.config.ctc_token_ids, device=path.device)
-        rows = [token_ids[labels[kept]] for labels, kept in zip(path, keep, strict=True)]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_pad_token_id(generation_config))
+        labels_to_tokens = _labels_to_tokens(self.config, tokenizer)
+        rows = [labels_to_tokens(labels[kept].tolist()) for labels, kept in zip(path.cpu(), keep.cpu(), strict=True)]
+        return pad_tokens(rows, _pad_token_id(generation_config)).to(path.device)
 
 
-def _speller(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> LabelsToText:
-    """Text of CTC labels that are tokens."""
+def _labels_to_text(config: SpeechLLMConfig, tokenizer: PreTrainedTokenizerBase) -> LabelsToText:
+    """Text of CTC labels that are tokens of the language model or have texts of their own."""
+    if config.ctc_token_ids is None:
+        return lambda labels: "".join([config.ctc_labels[label] for label in labels])
+    token_ids = config.ctc_token_ids
     return lambda labels: tokenizer.decode([token_ids[label] for label in labels], clean_up_tokenization_spaces=False)
+
+
+def _labels_to_tokens(config: SpeechLLMConfig, tokenizer: PreTrainedTokenizerBase | None) -> LabelsToTokens:
+    """Tokens of the language model for CTC labels."""
+    if config.ctc_token_ids is not None:
+        return lambda labels: [config.ctc_token_ids[label] for label in labels]
+    if tokenizer is None:
+        raise ValueError(
+            "tokenizer is required to write what CTC heard, whose labels are no tokens: pass "
+            "tokenizer=processor.tokenizer."
+        )
+    to_text = _labels_to_text(config, tokenizer)
+
+    def to_tokens(labels: Sequence[int]) -> list[int]:
+        words = to_text(labels).split()
+        return tokenizer(f" {' '.join(words)}", add_special_tokens=False).input_ids if words else []
+
+    return to_tokens
 
 
 def _pad_token_id(generation_config: GenerationConfig) -> int:

@@ -393,12 +393,11 @@ def test_a_wrong_argument_is_an_error(model, inputs, options, message):
 
 
 @pytest.mark.parametrize("own_labels", [None, ["a", "b"]])
-@pytest.mark.parametrize("options", [{"ctc_weight": 0.3}, {"mode": "ctc_greedy"}])
-def test_ctc_without_labels_that_are_tokens_is_an_error(inputs, own_labels, options):
+def test_joint_decoding_without_labels_that_are_tokens_is_an_error(inputs, own_labels):
     model = tiny_model(ctc_token_ids=None, ctc_labels=own_labels)
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 3
     with pytest.raises(ValueError, match=r"need a CTC head whose labels are tokens .* Use ctc_weight=0 and mode='llm'"):
-        model.generate(**inputs, **options)
+        model.generate(**inputs, ctc_weight=0.3)
 
 
 def test_joint_decoding_without_end_of_sequence_is_an_error(model, inputs):

@@ -178,8 +178,37 @@ def test_wrong_options_are_named(model, inputs, tokenizer):
             model.generate(**inputs, mode=mode, fusion="delayed")
     without_labels = tiny_model(ctc_token_ids=None)
     for mode in (*SEARCHES, "ctc_greedy"):
-        with pytest.raises(ValueError, match="need a CTC head whose labels are tokens of the language model"):
+        with pytest.raises(ValueError, match=f"mode='{mode}' needs? a CTC head"):
             without_labels.generate(**inputs, mode=mode, tokenizer=tokenizer)
+
+
+def with_own_labels(model: SpeechLLMForConditionalGeneration, tokenizer) -> SpeechLLMForConditionalGeneration:
+    """The same model, whose CTC labels have the texts of the tokens that they were."""
+    texts = [tokenizer.decode([token]) for token in model.config.ctc_token_ids]
+    other = tiny_model(ctc_token_ids=None, ctc_labels=texts)
+    assert other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+@pytest.mark.parametrize("mode", ["ctc_greedy", "ctc_beam", "rescoring", "delayed_fusion"])
+def test_labels_of_their_own_give_the_text_that_the_same_labels_give_as_tokens(model, inputs, tokenizer, mode):
+    options = {"mode": mode, "tokenizer": tokenizer, **(SCALES if mode in COMBINED else {})}
+    own = with_own_labels(model, tokenizer).generate(**inputs, **options)
+    texts = [" ".join(text.split()) for text in tokenizer.batch_decode(own, skip_special_tokens=True)]
+    expected = tokenizer.batch_decode(model.generate(**inputs, **options), skip_special_tokens=True)
+    assert texts == [" ".join(text.split()) for text in expected]
+    assert len(set(texts)) > 1
+    again = tokenizer([f" {text}" if text else "" for text in texts], add_special_tokens=False).input_ids
+    assert [[token for token in row if token != tokenizer.pad_token_id] for row in own.tolist()] == again
+
+
+def test_labels_of_their_own_need_the_tokenizer_and_are_no_tokens(model, inputs, tokenizer):
+    own = with_own_labels(model, tokenizer)
+    for mode in ("ctc_greedy", "ctc_beam"):
+        with pytest.raises(ValueError, match="tokenizer is required to write what CTC heard"):
+            own.generate(**inputs, mode=mode)
+    with pytest.raises(ValueError, match="need a CTC head whose labels are tokens of the language model"):
+        own.generate(**inputs, mode="label_fusion", tokenizer=tokenizer)
 
 
 def test_every_mode_is_covered_here_or_in_test_generation():

@@ -291,7 +291,11 @@ def test_models_without_labels_and_without_a_folder_and_long_recordings_are_refu
     pipe.model = tiny_model(ctc_token_ids=None)
     with pytest.raises(SystemExit):
         run(monkeypatch, "someone/model", manifest)
-    assert "MODEL: expected a CTC head whose labels are tokens" in capsys.readouterr().err
+    assert "MODEL: expected a CTC head, it has none" in capsys.readouterr().err
+    pipe.model = tiny_model(ctc_token_ids=None, ctc_labels=["a", "b"])
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "someone/model", manifest, "--mode", "label_fusion")
+    assert "MODEL: expected a CTC head whose labels are tokens of the language model" in capsys.readouterr().err
 
 
 def test_the_help_warns_of_test_sets(monkeypatch, capsys):

@@ -268,6 +268,8 @@ def outputs(model, processor):
             model.generate(input_features=inputs["input_features"], num_beams=2, ctc_weight=weight)
             for weight in (0.0, 0.5)
         ]
+        options = {"mode": "ctc_greedy", "tokenizer": processor.tokenizer}
+        sequences.append(model.generate(input_features=inputs["input_features"], **options))
     return [output.loss, output.ctc_loss, output.logits, output.audio.ctc_log_probs, *sequences]
 
 

@@ -186,7 +186,8 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the base class, with the run's options of `generate`; its time does not count for the throughput."""
         start = time.perf_counter()
-        metrics = super().evaluate(*args, **{**self.generation, **kwargs})
+        generation = {"tokenizer": self.processing_class.tokenizer, **self.generation}
+        metrics = super().evaluate(*args, **{**generation, **kwargs})
         self._logged_time += time.perf_counter() - start
         return metrics
 

@@ -173,8 +173,10 @@ def check(arguments: argparse.Namespace, pipe: AutomaticSpeechRecognitionPipelin
     if arguments.mode == "rescoring" and arguments.rounds > 1:
         raise UsageError("--rounds: expected 1 with --mode rescoring, whose lists do not depend on the scales")
     if is_speech_llm(pipe):
-        if pipe.model.config.ctc_token_ids is None:
-            raise UsageError("MODEL: expected a CTC head whose labels are tokens of the language model, it has none")
+        config = pipe.model.config
+        if config.ctc_token_ids is None and (config.ctc_labels is None or arguments.mode == "label_fusion"):
+            kind = " whose labels are tokens of the language model" if arguments.mode == "label_fusion" else ""
+            raise UsageError(f"MODEL: expected a CTC head{kind}, it has none")
         if arguments.write and not (Path(arguments.model) / "generation_config.json").is_file():
             raise UsageError(f"--write: expected a folder with generation_config.json as MODEL, got {arguments.model}")
         return
