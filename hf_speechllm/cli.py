@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser(
         "transcribe",
+        allow_abbrev=False,  # --mode would be taken for --model
         help="transcribe files, folders or standard input",
         description=_DESCRIPTION,
         epilog=_EPILOG,

@@ -388,6 +388,7 @@ def test_default_model(pipe, tmp_path, capsys, monkeypatch):
         (["a", "--ctc-weight", "nan"], "argument --ctc-weight: expected a number of at least 0, got 'nan'"),
         (["a", "--ctc-weight", "much"], "argument --ctc-weight: expected a number of at least 0, got 'much'"),
         (["a", "--format", "doc"], "argument --format: invalid choice: 'doc'"),
+        (["a", "--mode", "ctc_greedy"], "unrecognized arguments: --mode"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

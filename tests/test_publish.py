@@ -187,6 +187,16 @@ def test_the_adapter_is_added_to_the_weights(parts, clip, tmp_path, heard_here):
     assert lora and publish.count_parameters(folder) == pytest.approx(total - sum(lora), rel=0.1)
 
 
+def test_a_relative_folder_is_checked_by_its_absolute_path(parts, clip, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(publish, "transcribe_without_package", lambda model, *_: checked.append(model) or "")
+    monkeypatch.setattr(publish, "check_text", lambda *_: None)
+    dry_run(Path("out"), clip, parts, *BASES, *APACHE)
+    (model,) = checked
+    assert Path(model).is_absolute() and (tmp_path / "out" / "config.json").is_file()
+
+
 def test_a_whole_model_with_evaluation_results_and_its_own_licence(clip, tmp_path, heard_here):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")

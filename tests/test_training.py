@@ -185,6 +185,26 @@ def test_command_line_reaches_the_run(monkeypatch, tmp_path):
     assert stages[0].training.output_dir == str(tmp_path / "o" / "one")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file or directory"),
+        ("model: [", "while parsing"),
+        ("training: {max_stepz: 1}", "section 'training': "),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_told_in_one_line(monkeypatch, tmp_path, capsys, content, message):
+    config = tmp_path / "run.yaml"
+    if content is not None:
+        config.write_text(content)
+    monkeypatch.setattr("sys.argv", ["train", str(config), "--data-dir", str(tmp_path), "--output-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"train: error: {config}: ") and message in error
+
+
 def test_command_line_refuses_a_stage_that_does_not_exist(monkeypatch, tmp_path, capsys):
     config = write_config(tmp_path / "run.yaml", stages=[{"name": "one"}])
     folders = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path)]

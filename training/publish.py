@@ -127,7 +127,8 @@ def publish(arguments: argparse.Namespace, api: HfApi) -> None:
         raise UsageError(f"--repo-id: expected USER/NAME, got {arguments.repo_id!r}")
     if not arguments.clip.is_file():
         raise UsageError(f"--clip: {arguments.clip}: no such file")
-    place = arguments.dry_run
+    # Absolute: the check runs in a folder of its own.
+    place = None if arguments.dry_run is None else arguments.dry_run.absolute()
     if place is None:
         check_token(api)
     elif place.exists() and (not place.is_dir() or any(place.iterdir())):

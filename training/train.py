@@ -13,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from peft import LoraConfig
 from torch import nn
 from transformers import AutoFeatureExtractor, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
 
 from hf_speechllm.assembly import LORA_PARTS, resolve_model
+from hf_speechllm.audio import one_line
 from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, subset_chains
 from hf_speechllm.data_collator import SpeechLLMDataCollator
@@ -319,7 +321,10 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    stages = load_stages(arguments.config, arguments.output_dir, arguments.overrides)
+    try:
+        stages = load_stages(arguments.config, arguments.output_dir, arguments.overrides)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.exit(2, f"train: error: {arguments.config}: {one_line(error)}\n")
     if arguments.stage is not None:
         unknown = set(arguments.stage) - {stage.name for stage in stages}
         if unknown:
