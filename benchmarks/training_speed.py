@@ -30,7 +30,8 @@ from hf_speechllm import modeling_speechllm
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME
 from hf_speechllm.default_model import TRAINED_PARTS
 from training.arguments import Stage, read_run, stages_of
-from training.train import build_model, build_trainer, set_trainable
+from training.model_building import build_model
+from training.train import build_trainer, set_trainable
 from training.trainer import SpeechLLMTrainer
 
 CONFIG = Path(__file__).parent.parent / "training" / "configs" / "tiny_en.yaml"

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -112,22 +113,35 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
     A LoRA is an active adapter of the model: without it ([`~SpeechLLMForConditionalGeneration.plain_language_model`])
     the language model is the pre-trained one.
     """
-    folder = Path(folder)
-    recipe = json.loads((folder / RECIPE_NAME).read_text())
+    recipe, trained = read_trained_parts(folder)
+    model, processor = build_untrained(folder, recipe)
+    untrained = {f"language_model.{name}" for name, _ in model.language_model.named_parameters()} - set(trained)
+    if recipe.get("llm_init", "pretrained") == "random" and untrained:
+        raise ValueError(
+            f"{RECIPE_NAME}: the language model started from random weights (llm_init), and {min(untrained)!r} was not "
+            "trained; it needs a stage with tuning.llm: full."
+        )
+    load_trained_weights(model, trained, recipe["lora_scaling"])
+    return model.eval(), processor
+
+
+def read_trained_parts(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The recipe and the weights of a folder of trained parts."""
+    recipe = json.loads((Path(folder) / RECIPE_NAME).read_text())
+    return recipe, load_file(Path(folder) / TRAINED_WEIGHTS_NAME)
+
+
+def build_untrained(
+    folder: str | Path, recipe: dict[str, Any]
+) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+    """The model that the weights of a folder of trained parts belong into, without them, and its processor."""
     config = SpeechLLMConfig.from_pretrained(folder)
-    trained = load_file(folder / TRAINED_WEIGHTS_NAME)
     audio_model = resolve_model(recipe["audio_model"])
     # Folders of earlier versions have the pre-trained language model with its own vocabulary.
     vocabulary, init = recipe.get("vocabulary"), recipe.get("llm_init", "pretrained")
     language_model, tokenizer = build_language_model(
         resolve_model(recipe["language_model"]), None if vocabulary is None else resolve_model(vocabulary), init
     )
-    untrained = {f"language_model.{name}" for name, _ in language_model.named_parameters()} - set(trained)
-    if init == "random" and untrained:
-        raise ValueError(
-            f"{RECIPE_NAME}: the language model started from random weights (llm_init), and {min(untrained)!r} was not "
-            "trained; it needs a stage with tuning.llm: full."
-        )
     overrides = {
         name: value
         for name, value in config.to_diff_dict().items()
@@ -139,7 +153,6 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
     model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
         audio_model, language_model, tokenizer, chains, **overrides
     )
-    load_trained_weights(model, trained, recipe["lora_scaling"])
     model.generation_config = GenerationConfig.from_pretrained(folder)
     if recipe["restricted_tokenizer"]:
         tokenizer = restrict_merges(tokenizer, config.ctc_token_ids)
@@ -149,7 +162,7 @@ def load_trained_parts(folder: str | Path) -> tuple[SpeechLLMForConditionalGener
         prompt_before=config.prompt_before,
         prompt_after=config.prompt_after,
     )
-    return model.eval(), processor
+    return model, processor
 
 
 def assemble(trained_folder: str | Path, output_folder: str | Path, *, merge_lora: bool = False) -> None:

@@ -28,7 +28,8 @@ from hf_speechllm.bpe_subset import restrict_merges
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from training.arguments import DataArguments, ModelArguments, Stage, TuningArguments
 from training.checkpoints import save_trained
-from training.train import build_model, recipe, set_trainable
+from training.model_building import build_model, recipe
+from training.train import named_now, set_trainable
 
 # As an attribute of the package, this name is the function.
 default_model_module = importlib.import_module("hf_speechllm.default_model")
@@ -86,6 +87,7 @@ def trained_folder(
     for seed, tuning in enumerate(tunings):
         set_trainable(model, tuning)
         randomise(model, seed=seed)
+        names = named_now(model, names)
         names |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.generation_config.ctc_weight = 0.25
     save_parts(folder, model, names, arguments, tunings[-1])

@@ -19,9 +19,9 @@ from hf_speechllm import CausalLMScorer
 from training import finetune_llm
 from training.arguments import ModelArguments
 from training.finetune_llm import LanguageModelTrainer, finetune, load_run, main
+from training.model_building import build_model
 from training.packed_texts import PackedTexts, check_packing, collate
 from training.perplexity import measure_perplexity
-from training.train import build_model
 from training.train_vocabulary import train_vocabulary
 
 TEXTS = ["the thing", "an inn in the hat", "a ring", "the king", "in the", "hat", "thing a", "a tan thing"]

@@ -19,8 +19,9 @@ from hf_speechllm.assembly import assemble, load_trained_parts
 from hf_speechllm.vocabulary import build_language_model, replace_vocabulary, subword_chains, subword_labels
 from training.arguments import ModelArguments, TuningArguments, load_stages
 from training.export import export
+from training.model_building import build_model, build_processor
 from training.text_sources import read_texts
-from training.train import build_model, build_processor, named_now, run, set_trainable
+from training.train import named_now, run, set_trainable
 from training.train_vocabulary import main, train_vocabulary
 
 TEXTS = [

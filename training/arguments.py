@@ -12,13 +12,15 @@ recipe: {...}       how the data are made, and what becomes of the trained model
 """
 
 import re
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
-from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments
+from huggingface_hub.dataclasses import type_validator
+from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
@@ -26,6 +28,7 @@ from training.augment import SAMPLING_RATE, AugmentOptions
 from training.data_sources import SourceOptions
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
+from training.trained_parts import lora_options, parts_folder
 
 Options = TypeVar("Options")
 
@@ -37,6 +40,8 @@ class ModelArguments:
     Attributes:
         audio_model: Acoustic encoder: Hub id, folder, or `base:NAME` for one of `hf_speechllm.base_model`.
         language_model: Causal language model, likewise.
+        trained_parts: Goes on from a model instead, and says all of what is built: `default` (the default model), a
+            stage's folder `final`, or what training/export.py writes. `tuning` takes the options of its LoRA.
         vocabulary: Tokeniser (training/train_vocabulary.py) in place of the language model's, which gets embeddings and
             output layer for it; they start at means of the old ones and are to be learnt (`llm_embeddings`).
         llm_init: `pretrained`, or `random`: the same architecture with fresh weights, as a control.
@@ -51,6 +56,7 @@ class ModelArguments:
 
     audio_model: str = ""
     language_model: str = ""
+    trained_parts: str | None = None
     vocabulary: str | None = None
     llm_init: str = "pretrained"
     ctc_units: str = "subset"
@@ -210,6 +216,7 @@ def stages_of(
         merged = {name: {**common[name], **(raw.get(name) or {})} for name in common}
         for override in overrides or []:
             apply_override(merged, override)
+        _resolve_trained_parts(merged)
         reject_unknown(
             merged["model"].get("config") or {}, set(SpeechLLMConfig.__annotations__), "section 'model', config"
         )
@@ -228,6 +235,21 @@ def stages_of(
             )
         )
     return stages
+
+
+def _resolve_trained_parts(merged: dict[str, dict[str, Any]]) -> None:
+    """Take the options of a LoRA from the trained parts that a run goes on from, where the config gives no others."""
+    name = merged["model"].get("trained_parts")
+    if name is None:
+        return
+    others = sorted(key for key, value in merged["model"].items() if key != "trained_parts" and value != _default(key))
+    if others:
+        raise ValueError(f"section 'model': {others[0]} is that of the trained_parts, {name!r}; leave it out.")
+    merged["tuning"] = {**lora_options(parts_folder(name)), **merged["tuning"]}
+
+
+def _default(key: str) -> Any:
+    return asdict(ModelArguments()).get(key)
 
 
 _TRAINING_DEFAULTS = {
@@ -289,10 +311,28 @@ def reject_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
 
 def parse_section(cls: type, values: dict[str, Any], section: str) -> Any:
     """The dataclass of a section; raises ValueError for an unknown key or a value of the wrong form."""
+    where = f"section {section!r}"
+    reject_unknown(values, {each.name for each in fields(cls) if each.init}, where)
     try:
+        if not issubclass(cls, TrainingArguments):  # transformers converts those of its own
+            check_types(cls, values)
         return HfArgumentParser(cls).parse_dict(values, allow_extra_keys=False)[0]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"section {section!r}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_types(cls: type, values: dict[str, Any]) -> None:
+    """Raises TypeError for a value that is not of the type of its field in a dataclass; a whole number is a float."""
+    for name, expected in typing.get_type_hints(cls).items():
+        value = values.get(name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        takes_float = expected is float or float in typing.get_args(expected)
+        if name in values and not (is_whole and takes_float):
+            try:
+                type_validator(name, value, expected)
+            except TypeError as error:
+                shown = expected.__name__ if isinstance(expected, type) else expected
+                raise TypeError(f"{name} must be of the type {shown}, got {value!r}.") from error
 
 
 def effective_config(parts: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:

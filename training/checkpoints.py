@@ -42,10 +42,15 @@ def load_trained(model: PreTrainedModel, folder: Path) -> set[str]:
         ValueError: If the model lacks a parameter, e.g. since LoRA is set up otherwise.
     """
     state = load_file(folder / TRAINED_WEIGHTS_NAME)
+    load_state(model, state, folder)
+    return set(state)
+
+
+def load_state(model: PreTrainedModel, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Put weights that were read from `folder` into `model`; raises ValueError if it lacks one of them."""
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"{folder}: weight {unexpected[0]!r} has no place in this model; is `tuning` the same?")
-    return set(state)
 
 
 class CompleteCheckpoints(Trainer):

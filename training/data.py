@@ -23,7 +23,7 @@ from hf_speechllm.processing_speechllm import IGNORE_INDEX
 from training.arguments import DataArguments
 from training.augment import AugmentOptions, augment
 from training.batching import DurationBatchSampler, duration_classes, plan_batches
-from training.data_report import BadRow, DataReport
+from training.data_report import BadRow, DataError, DataReport
 from training.data_sources import (
     ArrowTable,
     Row,
@@ -110,7 +110,7 @@ class SpeechDataset(Dataset):
     def __getitem__(self, index: int) -> Example | BadRow:
         example = self.loader.load(self.rows[index], [self.seed, self.epoch, index])
         if isinstance(example, BadRow) and not self.return_bad:
-            raise ValueError(str(example))
+            raise DataError(str(example))
         return example
 
 
@@ -194,7 +194,7 @@ class StreamingBatches(IterableDataset):
                     yield [numbered[index] for index in batch], others
                     others = []
             if is_empty:
-                raise ValueError(
+                raise DataError(
                     f"data: share {share + 1} of {num_shares} (one for each process and worker) has no utterance of "
                     f"{options.min_duration_s} to {options.max_duration_s} s; use fewer workers, or other limits."
                 )
@@ -237,7 +237,7 @@ class StreamingBatches(IterableDataset):
             for row in self._rows(source, number, share, num_shares):
                 yield row
             if row is None:
-                raise ValueError(f"data: {source.name} has no row for share {share + 1} of {num_shares}.")
+                raise DataError(f"data: {source.name} has no row for share {share + 1} of {num_shares}.")
 
     def _rows(self, source: Table | ArrowTable | Stream, number: int, share: int, num_shares: int) -> Iterator[Row]:
         if isinstance(source, Stream):

@@ -35,6 +35,10 @@ CONVERSION_KINDS = ("resampled", "channels_averaged", "undistorted")
 logger = logging.getLogger(__name__)
 
 
+class DataError(ValueError):
+    """Data that cannot be learnt from: a bad row while these are refused, or nothing that is left."""
+
+
 @dataclass(frozen=True)
 class BadRow:
     """A row that cannot be learnt from: `kind` is a key of BAD_KINDS, `detail` says what was found."""
@@ -71,10 +75,10 @@ class DataReport:
         """Count a bad row, with a warning when it is new.
 
         Raises:
-            ValueError: If bad data is refused.
+            DataError: If bad data is refused.
         """
         if self.refuse:
-            raise ValueError(f"{row}; correct it, or leave such rows out with data.bad_data=skip.")
+            raise DataError(f"{row}; correct it, or leave such rows out with data.bad_data=skip.")
         key = (row.source, row.row)
         times = self.bad[key][1] if key in self.bad else 0
         if not times:

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
+from training.data_report import DataError
 from training.evaluation_data import TEXT_COLUMNS
 
 AUDIO_COLUMNS = ("audio", "wav")
 ID_COLUMNS = ("id", "ID")
 DURATION_COLUMN = "duration"
 AUDIO_FOLDER = "audiofolder"
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class SourceOptions:
     """One entry of `data.train_sources`.
 
     Attributes:
-        path: Hub id or folder of a data set, folder written by `save_to_disk`, `parquet`, `audiofolder`, or a pattern
-            of manifests that ends in `.jsonl`. Paths are looked for in `--data-dir` first.
+        path: Hub id or folder of a data set, folder written by `save_to_disk`, `parquet`, `audiofolder`, a folder of
+            recordings with `metadata.jsonl` or `metadata.csv`, or a pattern of manifests that ends in `.jsonl`. Paths
+            are looked for in `--data-dir` first.
         name: Configuration of the data set. split: Its split. revision: Branch or commit on the Hub.
         data_files: Files of `parquet`. data_dir: Folder of `audiofolder`, with `metadata.jsonl` or `metadata.csv`.
         audio_column, text_column, duration_column: Columns; by default the usual names, durations in seconds.
@@ -155,7 +158,7 @@ class Stream:
         """Pass `number` over the rows of one process; in a worker of a data loader, over those of the worker.
 
         Raises:
-            ValueError: If there are fewer files than workers.
+            DataError: If there are fewer files than workers.
         """
         from datasets.distributed import split_dataset_by_node
         from torch.utils.data import get_worker_info
@@ -166,7 +169,7 @@ class Stream:
             dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
         workers = get_worker_info()
         if workers is not None and dataset.num_shards < workers.num_workers:
-            raise ValueError(
+            raise DataError(
                 f"training.dataloader_num_workers must be at most the number of files of {self.name} for each process, "
                 f"{dataset.num_shards}, got {workers.num_workers}."
             )
@@ -239,8 +242,9 @@ def open_source(options: SourceOptions, data_dir: Path) -> Table | ArrowTable | 
     """
     if options.path.endswith(".jsonl"):
         return Table(str(options), read_manifests([options.path], data_dir), options.weight)
-    if options.path == AUDIO_FOLDER:
-        return Table(str(options), _read_audio_folder(options, data_dir), options.weight)
+    folder = data_dir / (options.data_dir or "") if options.path == AUDIO_FOLDER else data_dir / options.path
+    if options.path == AUDIO_FOLDER or _metadata_of(folder, options.split) is not None:
+        return Table(str(options), _read_audio_folder(options, folder), options.weight)
     import datasets  # takes seconds
 
     dataset = _load_dataset(options, data_dir)
@@ -263,7 +267,10 @@ def read_manifests(patterns: list[str], data_dir: str | Path) -> list[Row]:
     for pattern in patterns:
         paths = sorted(glob.glob(str(Path(data_dir) / pattern)))
         if not paths:
-            raise ValueError(f"manifest {pattern!r} matches no file in {data_dir}; training/synthesize.py writes them.")
+            raise ValueError(
+                f"manifest {pattern!r} matches no file in {data_dir}; a manifest has a JSON object in each line, with "
+                "audio_filepath, text and duration."
+            )
         for path in paths:
             for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
                 entry = _json_object(line, f"{path}:{number}")
@@ -304,31 +311,41 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return entry
 
 
-def _read_audio_folder(options: SourceOptions, data_dir: Path) -> list[Row]:
-    """Rows of `metadata.jsonl` or `metadata.csv`, with `file_name` and a transcript, in the folder or its split's.
+def _metadata_of(folder: Path, split: str) -> Path | None:
+    """The file of transcripts in the folder of recordings, or in its split's."""
+    for place in (folder / split, folder):
+        for name in METADATA_NAMES:
+            if (place / name).is_file():
+                return place / name
+    return None
+
+
+def _read_audio_folder(options: SourceOptions, folder: Path) -> list[Row]:
+    """Rows of the metadata, with `file_name` and a transcript.
 
     `datasets` has a builder for this format, which needs torchcodec and copies the audio.
     """
-    folder = data_dir / (options.data_dir or "")
-    folder = folder / options.split if (folder / options.split).is_dir() else folder
-    paths = [folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()]
-    if not paths:
-        raise ValueError(f"{options}: no metadata.jsonl or metadata.csv in {folder}; data_dir names the folder.")
-    with paths[0].open(encoding="utf-8", newline="") as file:
-        if paths[0].suffix == ".csv":
+    metadata = _metadata_of(folder, options.split)
+    if metadata is None:
+        raise ValueError(f"{options}: no {' or '.join(METADATA_NAMES)} in {folder}; data_dir names the folder.")
+    if options.streaming:
+        raise ValueError(f"{options}: a folder with {metadata.name} is not streamed; leave streaming out.")
+    with metadata.open(encoding="utf-8", newline="") as file:
+        if metadata.suffix == ".csv":
             entries = list(csv.DictReader(file))
         else:
-            entries = [_json_object(line, f"{paths[0]}:{number}") for number, line in enumerate(file, 1)]
+            entries = [_json_object(line, f"{metadata}:{number}") for number, line in enumerate(file, 1)]
     names = list(entries[0]) if entries else []
     text = options.text_column or next((name for name in TEXT_COLUMNS if name in names), None)
     for number, entry in enumerate(entries, 1):
         if text not in entry or "file_name" not in entry:
             raise ValueError(
-                f"{paths[0]}, row {number}: expected 'file_name' and {text or f'one of {TEXT_COLUMNS}'!s}, got the "
+                f"{metadata}, row {number}: expected 'file_name' and {text or f'one of {TEXT_COLUMNS}'!s}, got the "
                 f"columns {sorted(map(str, entry))}."
             )
     return [
-        Row(str(options), number, folder / entry["file_name"], entry[text]) for number, entry in enumerate(entries, 1)
+        Row(str(options), number, metadata.parent / entry["file_name"], entry[text])
+        for number, entry in enumerate(entries, 1)
     ]
 
 

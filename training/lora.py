@@ -1,14 +1,16 @@
 """LoRA on a part of a model, once for all stages of a run."""
 
+import math
+import re
+from typing import Any
+
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-
 
 def add_lora(module: nn.Module, lora: LoraConfig, option: str) -> None:
-    """Add fresh LoRA weights to `module`; those of an earlier stage go on learning.
+    """Add fresh LoRA weights to `module`; those that are there already, of an earlier stage, go on learning.
 
     Args:
         module: Encoder, projector or language model.
@@ -16,21 +18,40 @@ def add_lora(module: nn.Module, lora: LoraConfig, option: str) -> None:
         option: What the targets are called in the options, for messages.
 
     Raises:
-        ValueError: If no layer is a target, or an earlier stage had another LoRA.
+        ValueError: If no layer is a target, or the LoRA that is there has another rank, scale or other layers.
     """
-    earlier = getattr(module, "peft_config", {}).get("default")
-    if earlier is None:
+    adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, LoraLayer)}
+    if not adapted:
         try:
             inject_adapter_in_model(lora, module)
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from error
         return
-    for name in _SETTINGS:
-        if getattr(earlier, name) != getattr(lora, name):
+    inside = tuple(f"{name}." for name in adapted)
+    names = (name for name, _ in module.named_modules() if not name.startswith(inside))
+    targets = {name for name in names if re.fullmatch(lora.target_modules, name)}
+    scale = lora.lora_alpha / (math.sqrt(lora.r) if lora.use_rslora else lora.r)
+    some = next(iter(adapted.values()))
+    for what, before, now in (
+        ("rank (lora_r)", some.r["default"], lora.r),
+        ("scale (lora_alpha / lora_r, or / sqrt(lora_r))", some.scaling["default"], scale),
+        (f"layers ({option})", sorted(adapted), sorted(targets)),
+    ):
+        is_same = math.isclose(before, now) if isinstance(before, float) else before == now
+        if not is_same:
             raise ValueError(
-                f"tuning: LoRA must be the same in all stages, got {name} {getattr(earlier, name)!r} before and "
-                f"{getattr(lora, name)!r} now."
+                f"tuning: LoRA must be the same in all stages, and as in the trained parts: got the {what} "
+                f"{_shortened(before)} before and {_shortened(now)} now."
             )
+    for layer in adapted.values():
+        layer.lora_dropout["default"] = nn.Dropout(lora.lora_dropout) if lora.lora_dropout else nn.Identity()
+
+
+def _shortened(value: Any) -> str:
+    """A list of names by how many there are and what they end in."""
+    if not isinstance(value, list):
+        return f"{value:g}"
+    return f"{len(value)} x {'|'.join(sorted({name.rpartition('.')[2] for name in value}))}"
 
 
 def set_lora_trainable(module: nn.Module, trainable: bool) -> None:

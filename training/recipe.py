@@ -40,6 +40,7 @@ from training.engines import ENGINES, engine_fault
 from training.evaluate_asr import build_parser, evaluate
 from training.export import export
 from training.game_speech import GAMES
+from training.model_building import base_models
 from training.model_card import subject_of_parts, usage_with_package, write_card
 from training.packages import Package, fetch
 from training.shards import SHARD_S
@@ -323,7 +324,7 @@ def _training_step(run: Run) -> Step:
         f"training, {len(finals)} stages",
         lambda: all(final.exists() for final in finals),
         partial(train.run, run.stages, run.data_dir),
-        models=(run.stages[0].model.audio_model, run.stages[0].model.language_model),
+        models=base_models(run.stages[0].model),
     )
 
 

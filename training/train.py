@@ -9,101 +9,32 @@ import argparse
 import logging
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import yaml
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoFeatureExtractor, AutoTokenizer, EvalPrediction, PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from hf_speechllm.assembly import LORA_PARTS, resolve_model
 from hf_speechllm.audio import one_line
 from hf_speechllm.audio_encoders import encoder_layers
-from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, subset_chains
 from hf_speechllm.data_collator import SpeechLLMDataCollator
-from hf_speechllm.label_chains import LabelChains
 from hf_speechllm.metrics import word_errors
-from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
-from hf_speechllm.vocabulary import build_language_model, subword_chains, subword_labels
-from training.arguments import ModelArguments, Stage, TuningArguments, load_stages, parse_options
+from training.arguments import Stage, TuningArguments, load_stages, parse_options, read_yaml
 from training.augment import AugmentOptions
-from training.checkpoints import last_checkpoint, load_trained
+from training.checkpoints import CONFIG_NAME, last_checkpoint, load_trained
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
-from training.data_report import DataReport
-from training.lora import add_lora, lora_scaling, set_lora_trainable
+from training.data_report import DataError, DataReport
+from training.lora import add_lora, set_lora_trainable
+from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
 from training.trainer import SpeechLLMTrainer, check_report_to, final_norm
 
 logger = logging.getLogger(__name__)
-
-CTC_UNITS = ("subset", "characters", "llm", "subwords", "none")
-
-
-def build_processor(arguments: ModelArguments) -> tuple[SpeechLLMProcessor, LabelChains | None, dict[str, Any]]:
-    """The processor, the chains of CTC labels that spell its tokens, if any, and config values of the tokeniser."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.vocabulary or arguments.language_model))
-    for name in ("prompt_before", "prompt_after") if arguments.vocabulary is not None else ():
-        prompt = arguments.config.get(name, "")
-        if tokenizer.unk_token_id in tokenizer(prompt, add_special_tokens=False).input_ids:
-            raise ValueError(
-                f"{name}: the new vocabulary does not spell {prompt!r}; write it in words of the transcripts."
-            )
-    if arguments.llm_units not in ("native", "ctc"):
-        raise ValueError(f"llm_units must be 'native' or 'ctc', got {arguments.llm_units!r}.")
-    units: dict[str, Any] = {}
-    chains = None
-    if arguments.ctc_units in ("subset", "characters"):
-        size = arguments.ctc_subset_size if arguments.ctc_units == "subset" else NUM_CHARACTERS
-        units["ctc_token_ids"] = select_lowercase_tokens(tokenizer, size)
-        if arguments.llm_units == "ctc":
-            tokenizer = restrict_merges(tokenizer, units["ctc_token_ids"])
-        else:
-            chains = subset_chains(tokenizer, units["ctc_token_ids"])
-    elif arguments.ctc_units == "llm":
-        special = set(tokenizer.all_special_ids)  # the end of sequence, for one, is never heard
-        units["ctc_token_ids"] = [index for index in range(len(tokenizer)) if index not in special]
-    elif arguments.ctc_units == "subwords":
-        if arguments.ctc_vocabulary is None:
-            raise ValueError(
-                "ctc_vocabulary is required with ctc_units: subwords; training/train_vocabulary.py makes one."
-            )
-        if arguments.llm_units == "ctc":
-            raise ValueError("llm_units: ctc needs CTC labels that are tokens; set vocabulary, and ctc_units to llm.")
-        subword_tokenizer = AutoTokenizer.from_pretrained(resolve_model(arguments.ctc_vocabulary))
-        units["ctc_labels"] = subword_labels(subword_tokenizer)
-        chains = subword_chains(tokenizer, subword_tokenizer)
-    elif arguments.ctc_units != "none":
-        raise ValueError(f"ctc_units must be one of {CTC_UNITS}, got {arguments.ctc_units!r}.")
-    processor = SpeechLLMProcessor(
-        AutoFeatureExtractor.from_pretrained(resolve_model(arguments.audio_model)),
-        tokenizer,
-        prompt_before=arguments.config.get("prompt_before", ""),
-        prompt_after=arguments.config.get("prompt_after", ""),
-    )
-    units["audio_token_id"] = processor.audio_token_id
-    return processor, chains, units
-
-
-def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
-    """The untrained speech LLM of two pre-trained models, and its processor."""
-    processor, chains, units = build_processor(arguments)
-    vocabulary = None if arguments.vocabulary is None else resolve_model(arguments.vocabulary)
-    language_model, _ = build_language_model(resolve_model(arguments.language_model), vocabulary, arguments.llm_init)
-    model = SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
-        resolve_model(arguments.audio_model),
-        language_model,
-        tokenizer=processor.tokenizer,
-        label_chains=chains,
-        **{**units, **arguments.config},
-    )
-    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-    return model, processor
 
 
 def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
@@ -168,20 +99,6 @@ def _tune_part(
     set_lora_trainable(part, strategy == "lora" and has_loss)
 
 
-def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
-    """What `hf_speechllm.assembly` needs to put the trained parts together with the pre-trained models."""
-    # Of the model, not of `tuning`: the LoRA may be an earlier stage's.
-    scalings = {part: lora_scaling(model.get_submodule(part)) for part in LORA_PARTS}
-    return {
-        "audio_model": stage.model.audio_model,
-        "language_model": stage.model.language_model,
-        "vocabulary": stage.model.vocabulary,
-        "llm_init": stage.model.llm_init,
-        "restricted_tokenizer": stage.model.llm_units == "ctc" and stage.model.ctc_units in ("subset", "characters"),
-        "lora_scaling": {part: scaling for part, scaling in scalings.items() if scaling is not None},
-    }
-
-
 def named_now(model: PreTrainedModel, names: set[str]) -> set[str]:
     """Names of weights in `model`; those that LoRA was put around since have moved into its `base_layer`."""
     state = model.state_dict()
@@ -198,6 +115,25 @@ def error_rates(processor: SpeechLLMProcessor, prediction: EvalPrediction) -> di
     ]
     errors = word_errors(*texts)
     return {"wer": 100 * errors.wer, "cer": 100 * errors.cer}
+
+
+def warn_of_changes(stage: Stage, final: Path) -> None:
+    """Say which options of a finished stage were others when it was trained: they have no effect on its weights."""
+    trained_with = read_yaml((final / CONFIG_NAME).read_text())
+    changes = [
+        f"{section}.{key} was {trained_with.get(section, {}).get(key)!r}, is {values.get(key)!r}"
+        for section, values in stage.effective.items()
+        if section in ("model", "tuning", "data", "training")
+        for key in sorted({*values, *trained_with.get(section, {})})
+        if trained_with.get(section, {}).get(key) != values.get(key)
+    ]
+    if changes:
+        logger.warning(
+            "stage %s was trained with other options: %s; remove %s to train it again",
+            stage.name,
+            "; ".join(changes),
+            final,
+        )
 
 
 def build_trainer(
@@ -260,14 +196,13 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         only: Names of the stages to train; the others are skipped, their weights read if they are finished.
 
     Raises:
-        ValueError: If a stage of `only` needs the weights of one that is not finished.
+        ValueError: If options or data do not fit, or a stage of `only` needs the weights of one that is not finished.
+        RuntimeError: If a stage fails after it has begun to learn.
     """
     check_report_to([name for stage in stages for name in stage.training.report_to])
     set_seed(stages[0].training.seed)
     model, processor = build_model(stages[0].model)
-    # The chains of labels of their own are computed from a tokeniser that is not kept.
-    has_own_labels = model.config.ctc_chain_length is not None and model.config.ctc_token_ids is None
-    trained_names: set[str] = {"ctc_chains"} if has_own_labels else set()
+    trained_names = already_trained(stages[0].model, model)
     for stage in stages:
         final = Path(stage.training.output_dir) / "final"
         if stage.tuning.projector == "lora" and not any(n.startswith("multi_modal_projector.") for n in trained_names):
@@ -280,6 +215,7 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trained_names = named_now(model, trained_names)
         if final.exists():
             logger.info("stage %s is finished, its weights are read from %s", stage.name, final)
+            warn_of_changes(stage, final)
             trained_names |= load_trained(model, final)
             continue
         if only is not None and stage.name not in only:
@@ -292,7 +228,12 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
-        trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:  # not the user's mistake, which `main` tells without its traceback
+            raise RuntimeError(f"stage {stage.name!r} failed at step {trainer.state.global_step}.") from error
         trained_names = trainer.trained_names
         unfinished = final.with_name("final.unfinished")
         trainer.save_model(str(unfinished))
@@ -323,14 +264,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     try:
         stages = load_stages(arguments.config, arguments.output_dir, arguments.overrides)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.exit(2, f"train: error: {arguments.config}: {one_line(error)}\n")
-    if arguments.stage is not None:
-        unknown = set(arguments.stage) - {stage.name for stage in stages}
+        unknown = set(arguments.stage or ()) - {stage.name for stage in stages}
         if unknown:
             parser.error(f"--stage: no stage {sorted(unknown)[0]!r}; there are {[stage.name for stage in stages]}")
-    torch.set_float32_matmul_precision("high")
-    run(stages, arguments.data_dir, arguments.stage)
+        torch.set_float32_matmul_precision("high")
+        run(stages, arguments.data_dir, arguments.stage)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.exit(2, f"train: error: {arguments.config}: {one_line(error)}\n")
 
 
 if __name__ == "__main__":
