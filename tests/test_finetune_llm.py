@@ -314,3 +314,21 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "SECTION.KEY=VALUE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("model: {}", "model.language_model is required: a Hub id, a folder, or base:NAME"),
+        ("model: {language_model: a}\ndata: {max_tokens: many}", "max_tokens must be of the type int, got 'many'."),
+        ("model: [", "while parsing a flow"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(config, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run.yaml").write_text(config)
+    folders = ["--data-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["finetune_llm", str(tmp_path / "run.yaml"), *folders])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("finetune_llm: error: ") and message in line

@@ -189,6 +189,6 @@ def test_a_failure_in_the_training_keeps_its_traceback(parts, data_dir, tmp_path
         raise ValueError("deep inside")
 
     monkeypatch.setattr("training.trainer.SpeechLLMTrainer.training_step", fail)
-    with pytest.raises(RuntimeError, match="stage 'main' failed at step 0") as failure:
+    with pytest.raises(RuntimeError, match="out/main: failed at step 0") as failure:
         run(stages_from(tmp_path, parts), data_dir)
     assert "deep inside" in str(failure.value.__cause__)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME
+from training.data_report import DataError
 
 COMPLETE_NAME = "complete"  # in a checkpoint: all of its files are there
 CONFIG_NAME = "training.yaml"  # the config with everything resolved; the same command takes it again
@@ -70,6 +71,20 @@ class CompleteCheckpoints(Trainer):
         self.effective = effective
         own = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self.trained_names = {*trained_names, *own}
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As that of `Trainer`.
+
+        Raises:
+            DataError: For data that cannot be learnt from.
+            RuntimeError: For other failures: a ValueError would be told like a user's mistake, without its traceback.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except DataError:
+            raise
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"{self.args.output_dir}: failed at step {self.state.global_step}.") from error
 
     def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from hf_speechllm.adapters import merge_adapters
 from hf_speechllm.assembly import resolve_model
+from hf_speechllm.audio import one_line
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.vocabulary import build_language_model
 from training.arguments import apply_override, effective_config, parse_section, read_yaml, reject_unknown
@@ -139,6 +141,8 @@ def load_run(config_path: str | Path, output_dir: str | Path, overrides: list[st
 
 
 def _check(run: Run) -> None:
+    if not run.model.language_model:
+        raise ValueError("model.language_model is required: a Hub id, a folder, or base:NAME.")
     for name, known in (("llm", ("full", "lora")), ("llm_embeddings", ("freeze", "full"))):
         if getattr(run.tuning, name) not in known:
             raise ValueError(f"tuning.{name} must be one of {known}, got {getattr(run.tuning, name)!r}.")
@@ -304,7 +308,11 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the run")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    perplexities = finetune(load_run(arguments.config, arguments.output_dir, arguments.overrides), arguments.data_dir)
+    try:
+        run = load_run(arguments.config, arguments.output_dir, arguments.overrides)
+        perplexities = finetune(run, arguments.data_dir)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.exit(2, f"finetune_llm: error: {arguments.config}: {one_line(error)}\n")
     for metrics in perplexities.values():
         for name, value in metrics.items():
             print(f"{name}: {value:.2f}")

@@ -21,7 +21,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME, resolve_model
+from hf_speechllm.audio import one_line
 from training import estimate_prior, pseudo_labels, real_speech, train
 from training.arguments import DataArguments, Stage, parse_options, read_run, reject_unknown, stages_of
 from training.data_sources import read_manifests
@@ -494,8 +495,8 @@ def main() -> None:
         steps = plan(run)
         _say("trying what the remaining steps need")
         prepare([step for step in steps if not step.is_complete()], run.cache)
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"recipe: error: {error}")
+    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
+        parser.exit(2, f"recipe: error: {arguments['config']}: {one_line(error)}\n")
     carry_out(steps)
 
 

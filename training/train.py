@@ -27,7 +27,7 @@ from training.augment import AugmentOptions
 from training.checkpoints import CONFIG_NAME, last_checkpoint, load_trained
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
-from training.data_report import DataError, DataReport
+from training.data_report import DataReport
 from training.lora import add_lora, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
@@ -228,12 +228,7 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
-        except DataError:
-            raise
-        except (OSError, ValueError) as error:  # not the user's mistake, which `main` tells without its traceback
-            raise RuntimeError(f"stage {stage.name!r} failed at step {trainer.state.global_step}.") from error
+        trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
         trained_names = trainer.trained_names
         unfinished = final.with_name("final.unfinished")
         trainer.save_model(str(unfinished))
