@@ -47,7 +47,10 @@ from .ctc_emissions import (
 KEEP_LABEL = -1
 
 _NO_LABEL = -1  # last label of the empty prefix
-_LONG_FRAMES = 512  # from here on it pays to look for the frames that matter
+_LONG_FRAMES = 128  # from here on it pays to look for the frames that matter
+# Smaller weights, relative to the smallest normal number, count as 0: their products with probabilities would be
+# subnormal, for which many CPUs need a hundred times longer.
+_BEYOND_TINY = 2.0**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,8 +235,9 @@ class CTCPrefixScorer:
     def score(self, state: CTCPrefixState) -> Tensor:
         """Returns psi(g.c) of every hypothesis and scored label: [N, U'], or [N, A] when `labels` is None.
 
-        Column j of row n is label `labels[n // K, j]`, or label j. The blank and labels that cannot follow g are -inf,
-        as are labels below exp(-87) times psi(g) (exp(-700) from float64 log-probs).
+        Column j of row n is label `labels[n // K, j]`, or label j. The blank and labels that cannot follow g are -inf.
+        Frames that add less than exp(-69) of psi(g) are left out, so labels less likely than exp(-50) after g may come
+        out too low, down to -inf (exp(-690) and exp(-670) from float64 log-probs).
         """
         self._beams_of(state)
         weights, frames, log_scale = self._time_weights(state)
@@ -362,11 +366,12 @@ class CTCPrefixScorer:
         """[N, t] probability of g before each frame, over psi(g); these frames; and log psi(g), [N, 1].
 
         psi(g) is the natural scale: the largest weight lies between 1 / (T + 1) and 1. Of long audio only the frames
-        are returned around the place that the search has come to, outside of which all weights are 0.
+        are returned around the place that the search has come to, outside of which all weights count as 0.
         """
         # Impossible hypotheses: their weights are exp(-inf - finite) = 0, not NaN.
         log_scale = state.prefix_log_prob.clamp(min=torch.finfo(state.prefix_log_prob.dtype).min)[:, None]
         weights = (state.log_prob[:, :-1] - log_scale).exp_().to(self._emissions.dtype)
+        torch.nn.functional.threshold_(weights, _BEYOND_TINY * torch.finfo(weights.dtype).tiny, 0.0)
         if weights.shape[1] < _LONG_FRAMES:
             return weights, slice(None), log_scale
         used = weights.any(0).nonzero()

@@ -477,6 +477,23 @@ def test_improbable_labels_keep_a_score_down_to_the_documented_depth(dtype: torc
     assert scorer.score_candidates(scorer.init(1), torch.tensor([[1]]))[0, 0] == pytest.approx(float(score[1]))
 
 
+@pytest.mark.parametrize("num_frames", [120, 300])
+def test_weights_whose_products_would_be_subnormal_are_left_out(num_frames: int) -> None:
+    log_probs = random_log_probs(1, num_frames, 6, seed=2, peak=3.0)
+    log_probs[:, :, 0] += 3.0
+    log_probs = log_probs.log_softmax(-1)
+    lengths = torch.tensor([num_frames])
+    single, double = (CTCPrefixScorer.from_log_probs(each, lengths, 0) for each in (log_probs.float(), log_probs))
+    state = state_of(double, [(1, 2, 3, 1, 2, 4, 5)])
+    weights, _, log_scale = single._time_weights(state)
+    exact = (state.log_prob[:, :-1] - log_scale).exp()
+    assert ((exact > 0.0) & (exact < 2.0**-100)).any(), "nothing to leave out"
+    assert weights[weights > 0.0].min() >= 2.0**-100
+    want = double.score(state)[:, 1:]
+    assert (want > float(log_scale) - 50.0).all()
+    torch.testing.assert_close(single.score(state)[:, 1:], want, rtol=0, atol=1e-5)
+
+
 def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctc_prefix_score, "_state_dtype", lambda device: torch.float32)
     log_probs = random_log_probs(250, 8, peak=5.0).float()
