@@ -116,6 +116,15 @@ def encoder_layers(audio_tower: PreTrainedModel) -> nn.ModuleList:
     )
 
 
+def first_weight(audio_tower: PreTrainedModel) -> torch.Tensor:
+    """The first weight of the encoder: input goes to its device and type.
+
+    Not the first of `parameters()`: the replicas of `torch.nn.DataParallel` have none, their weights are attributes.
+    """
+    weights = (getattr(module, "weight", None) for module in audio_tower.modules())
+    return next(weight for weight in weights if weight is not None and weight.is_floating_point())
+
+
 def _layer_index(layer: int, num_layers: int) -> int:
     if not -num_layers <= layer < num_layers:
         raise ValueError(f"ctc_layers: layer {layer} does not exist in an encoder of {num_layers} layers.")

@@ -6,7 +6,7 @@ Decoding options beyond those of transformers are the fields of [`DecodingOption
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,30 +26,14 @@ from .configuration_speechllm import SpeechLLMConfig
 from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText
 from .decoder_inputs import DecoderInputs
-from .hypothesis import Hypothesis
 from .label_units import LabelUnits
 from .lm_score import CausalLMScorer
 from .logits_process import CTCPrefixLogitsProcessor
+from .model_outputs import SpeechLLMSearchOutput
 from .shallow_fusion import ShallowFusionLogitsProcessor
 
 OPTION_DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
 _FRAMES_PER_CHUNK = 32  # of CTC log-probs over a large vocabulary
-
-
-@dataclass
-class SpeechLLMSearchOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)` in the modes that search over CTC labels.
-
-    Args:
-        sequences (`torch.Tensor` of shape `[B * num_return_sequences, N]`): Token ids, padded on the right.
-        sequences_scores (`torch.Tensor` of shape `[B * num_return_sequences]`): Combined scores, in nats.
-        hypotheses (`list[list[Hypothesis]]`): Per utterance, best first, with the separate scores of CTC, language
-            model and prior.
-    """
-
-    sequences: torch.Tensor | None = None
-    sequences_scores: torch.Tensor | None = None
-    hypotheses: list[list[Hypothesis]] | None = None
 
 
 class SpeechLLMGenerationMixin(GenerationMixin):
