@@ -65,7 +65,7 @@ class SpeechLLMOutput(ModelOutput):
 
 @dataclass
 class SpeechLLMSearchOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)` in the modes that search over CTC labels.
+    """Output of `generate(return_dict_in_generate=True)` in the modes that decode CTC labels, all but `"llm"`.
 
     Args:
         sequences (`torch.Tensor` of shape `[B * num_return_sequences, N]`): Token ids, padded on the right.

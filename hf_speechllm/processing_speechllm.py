@@ -7,6 +7,8 @@ import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
 
+from .word_tokens import encode_words
+
 AUDIO_TOKEN = "<|audio|>"
 IGNORE_INDEX = -100
 # Whisper's spectrogram reflects the signal at its end; with this much silence behind it every valid frame is the same
@@ -148,9 +150,7 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     def encode_transcript(self, text: str) -> list[int]:
         """Tokens of a transcript and the end-of-sequence token. Every word, the first too, carries its space."""
-        text = text.strip()
-        ids = self.tokenizer(f" {text}", add_special_tokens=False).input_ids if text else []
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*encode_words(self.tokenizer, text.strip()), self.tokenizer.eos_token_id]
 
     def apply_transcription_request(
         self,

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import AUDIO_CONFIGS, feature_extractor, noise, tiny_config, tiny_processor, tiny_tokenizer
+from tiny_models import (
+    AUDIO_CONFIGS,
+    feature_extractor,
+    noise,
+    tiny_config,
+    tiny_processor,
+    tiny_sentencepiece,
+    tiny_tokenizer,
+)
+from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 from hf_speechllm import SpeechLLMDataCollator, SpeechLLMProcessor
@@ -24,6 +33,21 @@ def test_labels_are_the_tokens_of_the_text_after_a_space_and_the_end_of_sequence
 def test_every_word_has_the_same_tokens_at_the_beginning_and_later():
     first, later = (tiny_processor().encode_transcript(text) for text in ("the", "is the"))
     assert later[-len(first) :] == first
+
+
+def test_a_tokenizer_that_puts_a_space_before_the_text_gets_none_of_ours():
+    tokenizer = tiny_sentencepiece()
+    processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
+    tokens = [tokenizer.convert_ids_to_tokens(processor.encode_transcript(text)) for text in ("the", " is the ", "")]
+    assert tokens == [["▁the", "</s>"], ["▁", "i", "s", "▁the", "</s>"], ["</s>"]]
+
+
+def test_a_tokenizer_that_joins_words_gets_a_space():
+    backend = Tokenizer(
+        models.BPE(vocab={"a": 0, " ": 1, "a ": 2, "a a": 3, "</s>": 4}, merges=[("a", " "), ("a ", "a")])
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer).encode_transcript("a a")[:-1] == [1, 3]
 
 
 def test_surrounding_space_changes_nothing():
