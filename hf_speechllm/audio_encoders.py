@@ -88,7 +88,7 @@ def encode_audio(
             "take both from the same call of the processor."
         )
     layer_modules = encoder_layers(audio_tower)
-    wanted = {_layer_index(layer, len(layer_modules)) for layer in layers}
+    wanted = {layer_index(layer, len(layer_modules)) for layer in layers}
     final = len(layer_modules) - 1
     layerdrop = getattr(audio_tower.config, "layerdrop", 0.0)
     if audio_tower.training and layerdrop > 0.0 and wanted - {final}:
@@ -125,7 +125,8 @@ def first_weight(audio_tower: PreTrainedModel) -> torch.Tensor:
     return next(weight for weight in weights if weight is not None and weight.is_floating_point())
 
 
-def _layer_index(layer: int, num_layers: int) -> int:
+def layer_index(layer: int, num_layers: int) -> int:
+    """A layer of `ctc_layers` counted from the first one; ValueError if there is no such layer."""
     if not -num_layers <= layer < num_layers:
         raise ValueError(f"ctc_layers: layer {layer} does not exist in an encoder of {num_layers} layers.")
     return layer % num_layers

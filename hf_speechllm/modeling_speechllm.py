@@ -39,6 +39,7 @@ from .audio_encoders import (
     encoder_layers,
     extract_audio_tower,
     first_weight,
+    layer_index,
     lens_to_mask,
 )
 from .configuration_speechllm import SpeechLLMConfig
@@ -122,6 +123,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             shape = (config.text_config.vocab_size, config.ctc_chain_length)
             self.register_buffer("ctc_chains", torch.full(shape, UNSPELLABLE, dtype=torch.int32))
         self._num_audio_layers = len(encoder_layers(self.audio_tower))
+        for layer in config.ctc_layers if self.ctc_head is not None else ():
+            layer_index(layer, self._num_audio_layers)  # raises if there is no such layer
         self._label_units: tuple[tuple, LabelUnits | LabelChains] | None = None  # and what they were made of
         # What transformers takes for derived from the config loses our own entries, such as `ctc_weight`, in a reload.
         self.generation_config._from_model_config = False

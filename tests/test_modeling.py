@@ -378,9 +378,11 @@ def test_the_ctc_head_reads_the_chosen_layers(layers, batch):
         assert all(parameter.grad is not None for parameter in model.ctc_head.parameters())
 
 
-def test_a_ctc_layer_that_does_not_exist_is_an_error(batch):
-    with pytest.raises(ValueError, match="ctc_layers: layer 7 does not exist in an encoder of 3 layers"):
-        tiny_model(ctc_layers=[7])(**batch)
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_ctc_layer_that_does_not_exist_is_an_error(layer):
+    with pytest.raises(ValueError, match=f"ctc_layers: layer {layer} does not exist in an encoder of 3 layers"):
+        tiny_model(ctc_layers=[-1, layer])
+    tiny_model(ctc_layers=[layer], ctc_token_ids=None)  # nothing reads it
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
