@@ -221,6 +221,15 @@ def options_of_generate(pipe, monkeypatch) -> list[dict]:
     return calls
 
 
+def test_the_plain_tokenizer_of_the_language_model_will_do(pipe, texts):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    other = pipeline(TASK, model=pipe.model, tokenizer=tokenizer, feature_extractor=feature_extractor("moonshine"))
+    assert [output["text"] for output in other(CLIPS, batch_size=4)] == texts
+    assert tokenizer.padding_side == "left"
+    assert other.tokenizer is other.processor.tokenizer
+
+
 OPTIONS = [{"ctc_weight": 0.9}, {"num_beams": 3}, {"mode": "ctc_greedy"}, {"ctc_weight": 0.9, "max_new_tokens": 3}]
 
 

@@ -194,7 +194,7 @@ def test_special_tokens_of_the_language_model_stay_special():
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
     processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
-    assert tokenizer.extra_special_tokens == ["<|turn|>", AUDIO_TOKEN]
+    assert processor.tokenizer.extra_special_tokens == ["<|turn|>", AUDIO_TOKEN]
     assert processor.decode(tokenizer("<|turn|>a").input_ids) == "a"
 
 
@@ -204,6 +204,15 @@ def test_a_tokenizer_without_pad_token_pads_with_the_end_of_sequence():
     processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
     assert processor.pad_token_id == EOS
     assert processor.tokenizer.padding_side == processor.feature_extractor.padding_side == "right"
+
+
+def test_the_tokenizer_that_is_given_stays_as_it_is_and_one_that_is_ready_is_not_copied():
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token, size = "left", None, len(tokenizer)
+    processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
+    assert (tokenizer.padding_side, tokenizer.pad_token, len(tokenizer)) == ("left", None, size)
+    assert AUDIO_TOKEN not in tokenizer.get_vocab() and tokenizer.extra_special_tokens == []
+    assert SpeechLLMProcessor(feature_extractor("moonshine"), processor.tokenizer).tokenizer is processor.tokenizer
 
 
 @pytest.mark.parametrize("audio", ["moonshine", "whisper", "wav2vec2-bert", "parakeet"])
@@ -247,6 +256,9 @@ def test_a_processor_is_made_of_two_folders(tmp_path):
         ),
         ({"audio": np.zeros(0, np.float32)}, r"got shape \(0,\) at index 0"),
         ({"audio": [np.zeros((2, 800), np.float32)]}, r"got shape \(2, 800\) at index 0"),
+        ({"audio": np.zeros((1, 2, 800), np.float32)}, r"got shape \(2, 800\) at index 0"),
+        ({"audio": np.zeros((800, 2), np.float32)}, r"batch \[B, samples\], got shape \(800, 2\), which looks like"),
+        ({"audio": torch.zeros(800, 2)}, r"looks like \[samples, channels\]; take the mean over the channels"),
     ],
 )
 def test_a_wrong_input_is_an_error(arguments, message):
