@@ -70,8 +70,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             logits_processor: Further processors, applied after the joint CTC score.
             lm: A language model to combine with. In the combined modes it takes the place of the model's own; in mode
                 `"llm"` it is added by shallow fusion with `lm_weight`, and must have the same vocabulary.
-            tokenizer: That of the language model (the processor's); needed to combine with a language model, and in all
-                modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`).
+            tokenizer: That of the language model (the processor's); needed to combine with a language model, in all
+                modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`), and for `stop_strings`.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
             kwargs: Any option of transformers' `generate` but assisted decoding, and the fields of [`DecodingOptions`].
                 One that has no part in the mode is refused here, and passed over where a config has it.
