@@ -44,6 +44,19 @@ def adapters_disabled(module: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextmanager
+def adapter_unnoticed(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `save_pretrained` of transformers writes all weights that it is given, not the adapter alone."""
+    # By these, it would choose those of the adapter, and name them as it does for PEFT.
+    marks = {"_hf_peft_config_loaded": False, "_weight_conversions": None}
+    before = {name: getattr(model, name, None) for name in marks}
+    vars(model).update(marks)
+    try:
+        yield
+    finally:
+        vars(model).update(before)
+
+
 def merge_adapters(model: PreTrainedModel) -> None:
     """Add the active adapters to the weights, `W + alpha / r * B A`, and forget them."""
     for name, layer in list(model.named_modules()):

@@ -88,7 +88,7 @@ def encode_audio(
             "take both from the same call of the processor."
         )
     layer_modules = encoder_layers(audio_tower)
-    wanted = {_layer_index(layer, len(layer_modules)) for layer in layers}
+    wanted = {layer_index(layer, len(layer_modules)) for layer in layers}
     final = len(layer_modules) - 1
     layerdrop = getattr(audio_tower.config, "layerdrop", 0.0)
     if audio_tower.training and layerdrop > 0.0 and wanted - {final}:
@@ -116,7 +116,17 @@ def encoder_layers(audio_tower: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _layer_index(layer: int, num_layers: int) -> int:
+def first_weight(audio_tower: PreTrainedModel) -> torch.Tensor:
+    """The first weight of the encoder: input goes to its device and type.
+
+    Not the first of `parameters()`: the replicas of `torch.nn.DataParallel` have none, their weights are attributes.
+    """
+    weights = (getattr(module, "weight", None) for module in audio_tower.modules())
+    return next(weight for weight in weights if weight is not None and weight.is_floating_point())
+
+
+def layer_index(layer: int, num_layers: int) -> int:
+    """A layer of `ctc_layers` counted from the first one; ValueError if there is no such layer."""
     if not -num_layers <= layer < num_layers:
         raise ValueError(f"ctc_layers: layer {layer} does not exist in an encoder of {num_layers} layers.")
     return layer % num_layers

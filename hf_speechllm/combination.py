@@ -11,11 +11,14 @@ delayed_fusion  one pass, the language model scores each word when it is complet
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from .ctc_beam_search import ctc_beam_search
 from .ctc_text import LabelsToText
@@ -26,6 +29,24 @@ from .lm_score import CausalLMScorer
 FUSION_OF_MODE = {"ctc_beam": "none", "rescoring": "delayed", "label_fusion": "label", "delayed_fusion": "delayed"}
 LabelsToTokens = Callable[[Sequence[int]], list[int]]
 MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
+_COMBINATIONS = ("rescoring", "label_fusion", "delayed_fusion")
+# The modes that an option of `generate` has a part in; those that are not named here are for "llm".
+_MODES_OF_OPTION = {
+    "ctc_top_k": ("llm", "ctc_greedy"),
+    "lm_weight": ("llm", *_COMBINATIONS),
+    "prior_weight": _COMBINATIONS,
+    "length_reward": _COMBINATIONS,
+    "ctc_beam_size": tuple(FUSION_OF_MODE),
+    "fusion_interval": ("delayed_fusion",),
+    "num_return_sequences": ("llm", *FUSION_OF_MODE),
+    **dict.fromkeys(("mode", "return_dict_in_generate", "bos_token_id", "eos_token_id", "pad_token_id"), MODES),
+}
+# Trainer and pipelines of transformers give these to every model, whatever its mode.
+_GIVEN_TO_ALL = ("max_length", "max_new_tokens", "num_beams")
+# Values that ask for nothing, beside None, False and 0.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,10 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {self.mode!r}.")
+        for name in ("ctc_weight", "lm_weight", "prior_weight", "length_reward"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a number, got {value!r}.")
         if not 0.0 <= self.ctc_weight <= 1.0:
             raise ValueError(
                 f"ctc_weight must lie between 0 (language model only) and 1 (CTC only), got {self.ctc_weight}."
@@ -69,7 +94,11 @@ class DecodingOptions:
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}.")
         for name in ("ctc_top_k", "ctc_beam_size", "fusion_interval"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name == "ctc_top_k":
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise ValueError(f"{name} must be a whole number, got {value!r}.")
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
     @property
@@ -131,6 +160,34 @@ class DecodingOptions:
             n_best=n_best,
             **combined,
         )
+
+
+def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = False) -> None:
+    """Refuses options that have no part in a mode. What Trainer and pipelines give to every model only gets a warning.
+
+    Args:
+        mode: One of `MODES`.
+        given: Options of a call, those of transformers too; values that ask for nothing (`None`, `num_beams=1`) pass.
+        has_lm: Whether there is another language model than the model's own.
+
+    Raises:
+        ValueError: If there is such an option; the message says which, and which modes take it.
+    """
+    for name, value in given.items():
+        modes = _MODES_OF_OPTION.get(name, ("llm",))
+        if value is None or (isinstance(value, Real) and value in (0, _NEUTRAL.get(name))):
+            continue
+        if mode == "llm" and name == "lm_weight" and not has_lm:
+            raise ValueError(
+                "lm_weight: in mode 'llm' it is the weight of another language model, and there is none; give lm=, "
+                f"leave lm_weight out, or choose a mode of {_COMBINATIONS}."
+            )
+        if mode in modes:
+            continue
+        if name in _GIVEN_TO_ALL:
+            logger.warning_once(f"{name}={value} has no part in mode {mode!r} and is passed over.")
+            continue
+        raise ValueError(f"{name}: it has no part in mode {mode!r}; leave it out, or choose a mode of {modes}.")
 
 
 def pad_hypotheses(

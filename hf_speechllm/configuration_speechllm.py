@@ -1,5 +1,6 @@
 """Configuration of a speech LLM: an acoustic encoder, a projector, a causal language model and a CTC head."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -68,10 +69,11 @@ class SpeechLLMConfig(PreTrainedConfig):
         ctc_delimiter (`int`, *optional*): With chains, the CTC label between words, if the first word has none.
         ctc_layers (`list[int]`, defaults to `[-1]`):
             Encoder layers that the CTC head reads, as indices into the layer outputs (`0` is the first layer, `-1`
-            the last one after the final normalisation). Several: a learned softmax-weighted mix.
+            the last one after the final normalisation). Several: a learned softmax-weighted mix. Whether the encoder
+            has them is checked when the model is built.
         ctc_loss_weight (`float`, defaults to 0.5): Weight of the CTC loss in the training loss.
         ce_loss_weight (`float`, defaults to 1.0):
-            Weight of the language model's cross-entropy; `0` skips the language model in training.
+            Weight of the language model's cross-entropy; `0` skips the language model in training. Not both can be 0.
         prompt_before (`str`, defaults to `""`), prompt_after (`str`, defaults to `""`):
             Text around the audio. The model reads the ids below; these strings document them.
         prompt_before_ids (`list[int]`), prompt_after_ids (`list[int]`): The tokenised prompt.
@@ -144,6 +146,17 @@ class SpeechLLMConfig(PreTrainedConfig):
             )
         if self.downsampling < 1:
             raise ValueError(f"downsampling must be a positive number of encoder frames, got {self.downsampling}.")
+        if self.projector_hidden_size is not None and self.projector_hidden_size < 1:
+            raise ValueError(
+                "projector_hidden_size must be a positive width, or None for that of the language model; got "
+                f"{self.projector_hidden_size}."
+            )
+        if not self.max_audio_duration_s > 0.0:
+            raise ValueError(f"max_audio_duration_s must be a positive time in s, got {self.max_audio_duration_s}.")
+        check_loss_weights(self.ce_loss_weight, self.ctc_loss_weight, has_ctc_head=self.ctc_vocab_size is not None)
+        self._check_ctc()
+
+    def _check_ctc(self) -> None:
         if not self.ctc_layers:
             raise ValueError("ctc_layers must name at least one encoder layer, got an empty list; [-1] is the last.")
         if self.ctc_token_ids is not None and self.ctc_labels is not None:
@@ -194,6 +207,16 @@ class SpeechLLMConfig(PreTrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The language model's configuration: what `generate` reads (vocabulary, layers, cache) is found there."""
         return self.text_config.get_text_config()
+
+
+def check_loss_weights(ce_loss_weight: float, ctc_loss_weight: float, has_ctc_head: bool) -> None:
+    """Raises ValueError if a loss would be rewarded for growing, or there would be none."""
+    is_valid = all(0.0 <= weight < math.inf for weight in (ce_loss_weight, ctc_loss_weight))
+    if not is_valid or ce_loss_weight + (ctc_loss_weight if has_ctc_head else 0.0) == 0.0:
+        raise ValueError(
+            f"ce_loss_weight, ctc_loss_weight must be at least 0, and one of them more, that of a loss that this model "
+            f"has; got {ce_loss_weight} and {ctc_loss_weight} {'with' if has_ctc_head else 'without'} a CTC head."
+        )
 
 
 SpeechLLMConfig.register_for_auto_class()

@@ -181,6 +181,8 @@ class Beam:
             return self
         return replace(self, labels=torch.nn.functional.pad(self.labels, (0, missing), value=NO_LABEL))
 
+    # Many small operations, here and in `Step`: autograd's book-keeping would take a fifth of the time. Not around the
+    # whole search, since what a language model keeps of its calls must stay usable in training.
     @torch.inference_mode()
     def step(self, frame: Frame, recombine: Recombination, bonus: Tensor | None = None) -> Step:
         """Returns all that may come of the beam in the next frame.
@@ -226,8 +228,6 @@ class Beam:
         return log_prob.masked_fill_(in_beam, -math.inf)
 
 
-# Many small operations: autograd's book-keeping would take a fifth of the time. Not around the whole search, since what
-# a language model keeps of its calls must stay usable in training.
 @dataclass(frozen=True, eq=False)
 class Step:
     """All that may come of a beam in one frame; made by `Beam.step`.

@@ -70,9 +70,11 @@ class FusionScores(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LabelFusionState:
-    """Attributes:
-    bonus: [B, K] beyond the CTC score, None if nothing is fused.
-    scores: of all labels so far.
+    """What `LabelFusion` knows of the hypotheses of a beam; never modified.
+
+    Attributes:
+        bonus: [B, K] beyond the CTC score, None if nothing is fused.
+        scores: of all labels so far.
     """
 
     bonus: Tensor | None
@@ -129,7 +131,11 @@ class LabelFusion:
         return state, start_bonus
 
     def _start_bonus(self, state: LabelFusionState, labels: Tensor) -> Tensor:
-        """[B, K or 1, C] nats for starting each of `labels` [B, C], at least; more than that only where unread."""
+        """[B, K or 1, C] nats for starting each of `labels` [B, C].
+
+        Of hypotheses whose last token the language model has not read, its log P counts 0: with `lm_weight >= 0` that
+        is an upper bound.
+        """
         none = torch.zeros(labels.shape, dtype=score_dtype(labels.device), device=labels.device)[:, None]
         scores = FusionScores(none, none, torch.ones_like(none, dtype=torch.long))
         if self.prior is not None:
@@ -216,9 +222,11 @@ class _ScoredWords(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class DelayedFusionState:
-    """Attributes:
-    bonus: [B, K] beyond the CTC score.
-    scores: of the complete words that were converted.
+    """What `DelayedFusion` knows of the hypotheses of a beam; never modified.
+
+    Attributes:
+        bonus: [B, K] beyond the CTC score.
+        scores: of the complete words that were converted.
     """
 
     bonus: Tensor

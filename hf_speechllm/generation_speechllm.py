@@ -5,8 +5,8 @@ Decoding options beyond those of transformers are the fields of [`DecodingOption
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .audio_encoders import lens_to_mask
-from .combination import DecodingOptions, LabelsToTokens, pad_hypotheses, pad_tokens
+from .combination import DecodingOptions, LabelsToTokens, check_given_options, pad_hypotheses
 from .configuration_speechllm import SpeechLLMConfig
+from .ctc_beam import score_dtype
 from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText
 from .decoder_inputs import DecoderInputs
@@ -30,26 +31,12 @@ from .hypothesis import Hypothesis
 from .label_units import LabelUnits
 from .lm_score import CausalLMScorer
 from .logits_process import CTCPrefixLogitsProcessor
+from .model_outputs import SpeechLLMSearchOutput
 from .shallow_fusion import ShallowFusionLogitsProcessor
+from .word_tokens import encode_words
 
 OPTION_DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
 _FRAMES_PER_CHUNK = 32  # of CTC log-probs over a large vocabulary
-
-
-@dataclass
-class SpeechLLMSearchOutput(ModelOutput):
-    """Output of `generate(return_dict_in_generate=True)` in the modes that search over CTC labels.
-
-    Args:
-        sequences (`torch.Tensor` of shape `[B * num_return_sequences, N]`): Token ids, padded on the right.
-        sequences_scores (`torch.Tensor` of shape `[B * num_return_sequences]`): Combined scores, in nats.
-        hypotheses (`list[list[Hypothesis]]`): Per utterance, best first, with the separate scores of CTC, language
-            model and prior.
-    """
-
-    sequences: torch.Tensor | None = None
-    sequences_scores: torch.Tensor | None = None
-    hypotheses: list[list[Hypothesis]] | None = None
 
 
 class SpeechLLMGenerationMixin(GenerationMixin):
@@ -83,45 +70,55 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             logits_processor: Further processors, applied after the joint CTC score.
             lm: A language model to combine with. In the combined modes it takes the place of the model's own; in mode
                 `"llm"` it is added by shallow fusion with `lm_weight`, and must have the same vocabulary.
-            tokenizer: That of the language model (the processor's); needed to combine with a language model, and in all
-                modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`).
+            tokenizer: That of the language model (the processor's); needed to combine with a language model, in all
+                modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`), and for `stop_strings`.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
-            kwargs: Any option of transformers' `generate`, and the fields of [`DecodingOptions`].
+            kwargs: Any option of transformers' `generate` but assisted decoding, and the fields of [`DecodingOptions`].
+                One that has no part in the mode is refused here, and passed over where a config has it.
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
             these are given. With `return_dict_in_generate=True` the output of the language model's `generate` in mode
-            `"llm"`, a [`SpeechLLMSearchOutput`] in the modes that search over CTC labels.
+            `"llm"`, a [`SpeechLLMSearchOutput`] in all others.
 
         Raises:
-            ValueError: If an option is out of range, or the CTC head that it needs is not there or has other labels.
+            ValueError: If an option is out of range or has no part in the mode, the CTC head that it needs is not there
+                or has other labels, or there are two masks of the audio.
         """
         if input_features is None:
             raise ValueError("input_features is required: pass the output of the processor for the audio.")
         if input_ids is None:
-            input_features_mask = attention_mask if input_features_mask is None else input_features_mask
-            attention_mask = None
+            input_features_mask, attention_mask = _audio_mask(input_features_mask, attention_mask), None
         generation_config = self._completed(generation_config)
+        given = {name: value for name, value in kwargs.items() if hasattr(generation_config, name)}
+        given |= {name: kwargs.get(name) for name in OPTION_DEFAULTS} | {"logits_processor": logits_processor or None}
         options = DecodingOptions(**{name: _pop_option(name, kwargs, generation_config) for name in OPTION_DEFAULTS})
-        self._check_options(options, lm)
+        check_given_options(options.mode, given, has_lm=lm is not None)
         n_best = 1
         if options.searches_labels:
             # transformers allows several results for its own beam search only.
-            n_best = kwargs.pop("num_return_sequences", None) or generation_config.num_return_sequences or 1
+            asked = (kwargs.pop("num_return_sequences", None), generation_config.num_return_sequences, 1)
+            n_best = next(number for number in asked if number is not None)
         kwargs = generation_config.update(**kwargs)  # what is left are no options but arguments of `generate`
-        unknown = set(kwargs) - {"synced_gpus"}  # which Seq2SeqTrainer passes always
-        if options.mode != "llm" and unknown:
-            raise ValueError(f"{sorted(unknown)[0]}: mode {options.mode!r} knows no such argument; leave it out.")
+        self._check_options(options, lm, n_best)
+        self._check_arguments(options.mode, kwargs, generation_config)
         audio = self._hear(input_features, input_features_mask, options)
         if options.mode == "llm":
             processors = self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
             inputs = self.merge_inputs(audio, input_ids, attention_mask)
-            output = self._generate_text(audio, inputs, processors, generation_config, kwargs)
-        elif options.searches_labels:
-            output = self._search_labels(audio, options, n_best, generation_config, lm, tokenizer)
+            arguments = {"tokenizer": tokenizer, **kwargs}
+            return _after_prompt(
+                input_ids, self._generate_text(audio, inputs, processors, generation_config, arguments)
+            )
+        if options.searches_labels:
+            nbests = self._search_labels(audio, options, n_best, lm, tokenizer)
         else:
-            output = self._ctc_greedy_tokens(audio, generation_config, tokenizer)
-        return _after_prompt(input_ids, output)
+            nbests = self._best_paths(audio)
+        labels_to_tokens = _labels_to_tokens(self.config, tokenizer)
+        tokens, scores = pad_hypotheses(nbests, labels_to_tokens, n_best, _pad_token_id(generation_config))
+        device = audio.encoder_out_lens.device
+        output = SpeechLLMSearchOutput(tokens.to(device), scores.to(device), nbests)
+        return _after_prompt(input_ids, output if generation_config.return_dict_in_generate else output.sequences)
 
     def _completed(self, generation_config: GenerationConfig | None) -> GenerationConfig:
         """A copy. What the given config leaves open (end of sequence, ctc_weight, ...) is the model's, as usual."""
@@ -203,8 +200,13 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         cache.batch_repeat_interleave(copies)
         return cache
 
-    def _check_options(self, options: DecodingOptions, lm: CausalLMScorer | None) -> None:
+    def _check_options(self, options: DecodingOptions, lm: CausalLMScorer | None, n_best: int) -> None:
         mode, ctc_weight = options.mode, options.ctc_weight
+        if options.searches_labels and not (isinstance(n_best, Integral) and 1 <= n_best <= options.ctc_beam_size):
+            raise ValueError(
+                f"num_return_sequences must be 1 to {options.ctc_beam_size} (ctc_beam_size) in mode {mode!r}, got "
+                f"{n_best}; give a larger ctc_beam_size for more."
+            )
         if lm is not None and mode in ("ctc_greedy", "ctc_beam"):
             raise ValueError(f"lm: mode {mode!r} uses no language model; choose 'rescoring' or 'delayed_fusion'.")
         if lm is not None and mode == "llm" and options.lm_weight == 0.0:
@@ -226,15 +228,32 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         if mode != "llm" and not (has_tokens or has_own_labels):
             raise ValueError(f"mode={mode!r} needs a CTC head; this model has none. Use ctc_weight=0 and mode='llm'.")
 
+    @staticmethod
+    def _check_arguments(mode: str, arguments: dict[str, Any], generation_config: GenerationConfig) -> None:
+        """Refuses arguments of transformers' `generate`, beyond options, that the mode cannot do anything with."""
+        if mode == "llm":
+            names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+            asked = {name: getattr(generation_config, name, None) for name in names} | arguments
+            assisted = [name for name in ("assistant_model", *names) if asked.get(name)]
+            if assisted:
+                raise ValueError(
+                    f"{assisted[0]}: assisted decoding is for models that read tokens, and a speech LLM reads "
+                    "embeddings of the audio; leave it out."
+                )
+            return
+        # Seq2SeqTrainer passes `synced_gpus` always.
+        unknown = sorted(name for name, value in arguments.items() if value is not None and name != "synced_gpus")
+        if unknown:
+            raise ValueError(f"{unknown[0]}: mode {mode!r} knows no such argument; leave it out.")
+
     def _search_labels(
         self,
         audio: ModelOutput,
         options: DecodingOptions,
         n_best: int,
-        generation_config: GenerationConfig,
         lm: CausalLMScorer | None,
         tokenizer: PreTrainedTokenizerBase | None,
-    ) -> torch.Tensor | SpeechLLMSearchOutput:
+    ) -> list[list[Hypothesis]]:
         """Beam search over CTC labels, combined with `lm` or the model's own language model without its adapters."""
         config = self.config
         needs_lm = lm is None and options.mode != "ctc_beam"
@@ -245,7 +264,7 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             token_ids = torch.tensor(config.ctc_token_ids, device=audio.ctc_log_probs.device)
             label_units = LabelUnits.from_token_ids(token_ids, config.text_config.vocab_size, config.blank_id)
         with self.plain_language_model():
-            nbests = options.search(
+            return options.search(
                 audio.ctc_log_probs,
                 audio.encoder_out_lens,
                 config.blank_id,
@@ -255,12 +274,6 @@ class SpeechLLMGenerationMixin(GenerationMixin):
                 labels_to_text=_labels_to_text(config, tokenizer) if options.needs_text else None,
                 n_best=n_best,
             )
-        labels_to_tokens = _labels_to_tokens(config, tokenizer)
-        tokens, scores = pad_hypotheses(nbests, labels_to_tokens, n_best, _pad_token_id(generation_config))
-        tokens, scores = tokens.to(audio.encoder_out_lens.device), scores.to(audio.encoder_out_lens.device)
-        if not generation_config.return_dict_in_generate:
-            return tokens
-        return SpeechLLMSearchOutput(sequences=tokens, sequences_scores=scores, hypotheses=nbests)
 
     def _ctc_processor(
         self, audio: ModelOutput, options: DecodingOptions, eos_token_id: int | list[int] | None
@@ -281,23 +294,27 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             )
         return CTCPrefixLogitsProcessor(scorer, options.ctc_weight, eos_token_id, self.label_units)
 
-    def _ctc_greedy_tokens(
-        self, audio: ModelOutput, generation_config: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None
-    ) -> torch.Tensor:
-        """The most probable CTC path, repeats and blanks removed, as token ids `[B, N]`."""
+    def _best_paths(self, audio: ModelOutput) -> list[list[Hypothesis]]:
+        """The most probable CTC path of each utterance, repeats and blanks removed."""
         blank_id = self.config.blank_id
         if audio.ctc_log_probs is None:
             chunks = audio.ctc_features.split(_FRAMES_PER_CHUNK, dim=1)
-            path = torch.cat([self.ctc_head.log_probs(chunk).argmax(-1) for chunk in chunks], dim=1)  # B, T
+            best = [self.ctc_head.log_probs(chunk).max(-1) for chunk in chunks]
         else:
-            path = audio.ctc_log_probs.argmax(-1)
-        path = path.masked_fill(~lens_to_mask(audio.encoder_out_lens, path.shape[1]), blank_id)
+            best = [audio.ctc_log_probs.max(-1)]
+        log_probs = torch.cat([chunk.values for chunk in best], dim=1)  # B, T
+        path = torch.cat([chunk.indices for chunk in best], dim=1)
+        is_padding = ~lens_to_mask(audio.encoder_out_lens, path.shape[1])
+        path = path.masked_fill(is_padding, blank_id)
+        scores = log_probs.to(score_dtype(path.device)).masked_fill(is_padding, 0.0).sum(1).tolist()
         repeated = torch.zeros_like(path, dtype=torch.bool)
         repeated[:, 1:] = path[:, 1:] == path[:, :-1]
         keep = (path != blank_id) & ~repeated
-        labels_to_tokens = _labels_to_tokens(self.config, tokenizer)
-        rows = [labels_to_tokens(labels[kept].tolist()) for labels, kept in zip(path.cpu(), keep.cpu(), strict=True)]
-        return pad_tokens(rows, _pad_token_id(generation_config)).to(path.device)
+        rows = [tuple(labels[kept].tolist()) for labels, kept in zip(path.cpu(), keep.cpu(), strict=True)]
+        return [
+            [Hypothesis(labels, None, am_log_prob=score, log_score=score)]
+            for labels, score in zip(rows, scores, strict=True)
+        ]
 
 
 def _labels_to_text(config: SpeechLLMConfig, tokenizer: PreTrainedTokenizerBase) -> LabelsToText:
@@ -318,12 +335,7 @@ def _labels_to_tokens(config: SpeechLLMConfig, tokenizer: PreTrainedTokenizerBas
             "tokenizer=processor.tokenizer."
         )
     to_text = _labels_to_text(config, tokenizer)
-
-    def to_tokens(labels: Sequence[int]) -> list[int]:
-        words = to_text(labels).split()
-        return tokenizer(f" {' '.join(words)}", add_special_tokens=False).input_ids if words else []
-
-    return to_tokens
+    return lambda labels: encode_words(tokenizer, " ".join(to_text(labels).split()))
 
 
 def _pad_token_id(generation_config: GenerationConfig) -> int:
@@ -333,6 +345,19 @@ def _pad_token_id(generation_config: GenerationConfig) -> int:
     if pad is None:
         raise ValueError("pad_token_id or eos_token_id is required to pad the results; set it in generation_config.")
     return pad
+
+
+def _audio_mask(input_features_mask: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask of the audio, `[B, S]`, under whichever name it was given."""
+    if input_features_mask is None or attention_mask is None:
+        return attention_mask if input_features_mask is None else input_features_mask
+    is_same = attention_mask.shape == input_features_mask.shape
+    if not is_same or bool((attention_mask.bool() != input_features_mask.bool().to(attention_mask.device)).any()):
+        raise ValueError(
+            "attention_mask: without input_ids it is the mask of the audio, and another one came as "
+            "input_features_mask; leave it out, or give the input_ids that it belongs to."
+        )
+    return input_features_mask
 
 
 def _pop_option(name: str, kwargs: dict[str, Any], generation_config: GenerationConfig) -> Any:

@@ -82,9 +82,11 @@ class KVPool:
             return
         capacity = max(size, 2 * self.capacity, _SMALLEST_CAPACITY)
         old = self._layers or [tuple(states[:0] for states in layer) for layer in like]
-        for index, layer in enumerate(old):  # layer by layer: old and new memory are both held for one layer only
-            grown = tuple(states.new_empty(capacity, *states.shape[1:]) for states in layer)
-            for states, new_states in zip(layer, grown, strict=True):
-                new_states[: self.size] = states[: self.size]
-            old[index] = grown
+        # What is made in inference mode cannot be added to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            for index, layer in enumerate(old):  # layer by layer: old and new memory are held for one layer only
+                grown = tuple(states.new_empty(capacity, *states.shape[1:]) for states in layer)
+                for states, new_states in zip(layer, grown, strict=True):
+                    new_states[: self.size] = states[: self.size]
+                old[index] = grown
         self._layers = old

@@ -27,8 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .kv_pool import KeysValues, KVPool
-
-_PROBE_WORDS = ("a", "b")
+from .word_tokens import encode_words, word_prefix
 
 _ATTENTION_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -103,7 +102,6 @@ class CausalLMScorer:
         self._check_token_ids(self.start_token_ids)
         self._max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._takes_position_ids = _takes_position_ids(model)
-        self._word_prefix: str | None = _find_word_prefix(tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -222,13 +220,12 @@ class CausalLMScorer:
             ValueError: the tokenizer gives a word other tokens when it stands alone, or a token that is not in the
                 model's vocabulary.
         """
-        if self._word_prefix is None:
+        if word_prefix(self.tokenizer) is None:
             raise ValueError(
                 f"tokenizer: expected one that tokenises words independently of their neighbours, got "
                 f"{type(self.tokenizer).__name__} that does not, with or without a leading space."
             )
-        words = text.split()
-        ids = _encode(self.tokenizer, self._word_prefix, words)
+        ids = encode_words(self.tokenizer, " ".join(text.split()))
         self._check_token_ids(ids)
         return ids
 
@@ -367,26 +364,6 @@ def _first_id(*candidates: int | list[int] | None) -> int | None:
         if candidate is not None:
             return candidate[0] if isinstance(candidate, list) else candidate
     return None
-
-
-def _find_word_prefix(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What to put before a text so that its first word is tokenised like the others: a space or nothing.
-
-    Byte-level BPE needs the space; SentencePiece tokenizers that add one of their own would double it. None: neither
-    makes the tokens of a word independent of its neighbours.
-    """
-    words = list(_PROBE_WORDS)
-    for prefix in (" ", ""):
-        apart = [token for word in words for token in _encode(tokenizer, prefix, [word])]
-        if _encode(tokenizer, prefix, words) == apart:
-            return prefix
-    return None
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prefix: str, words: list[str]) -> list[int]:
-    if not words:
-        return []
-    return tokenizer(prefix + " ".join(words), add_special_tokens=False)["input_ids"]
 
 
 def _align_right(places: Tensor, lengths: Tensor) -> Tensor:

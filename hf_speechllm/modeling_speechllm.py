@@ -7,7 +7,6 @@ P positions of the whole input of the language model, H its width, V its vocabul
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,16 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers import initialization as init
-from transformers.utils import ADAPTER_CONFIG_NAME, ModelOutput, can_return_tuple
+from transformers.utils import ADAPTER_CONFIG_NAME, can_return_tuple
 
 from .adapters import (
     ADAPTER_FILE_NAMES,
+    adapter_unnoticed,
     adapters_disabled,
     has_adapters,
     plain_state_dict,
@@ -34,7 +33,15 @@ from .adapters import (
     save_adapter,
     set_base_model,
 )
-from .audio_encoders import build_audio_tower, encode_audio, encoder_layers, extract_audio_tower, lens_to_mask
+from .audio_encoders import (
+    build_audio_tower,
+    encode_audio,
+    encoder_layers,
+    extract_audio_tower,
+    first_weight,
+    layer_index,
+    lens_to_mask,
+)
 from .configuration_speechllm import SpeechLLMConfig
 from .cross_attention import GatedCrossAttentionLayer, SpeechCrossAttention
 from .ctc_loss import linear_ctc_loss
@@ -42,6 +49,7 @@ from .decoder_inputs import DecoderInputs, append_labels, bidirectional_audio, p
 from .generation_speechllm import SpeechLLMGenerationMixin
 from .label_chains import UNSPELLABLE, LabelChains
 from .label_units import LabelUnits
+from .model_outputs import SpeechLLMAudioOutput, SpeechLLMOutput
 from .processing_speechllm import AUDIO_TOKEN
 from .projectors import PROJECTOR_CLASSES, CTCHead, CTCPosteriorProjector, drop_blank_positions
 
@@ -50,50 +58,6 @@ if TYPE_CHECKING:
     from .pipeline_speechllm import SpeechLLMPipeline  # noqa: F401
 
 IGNORE_INDEX = -100
-
-
-@dataclass
-class SpeechLLMAudioOutput(ModelOutput):
-    """Everything computed from the audio, once per utterance.
-
-    Args:
-        encoder_out (`torch.Tensor` of shape `[B, T, D]`): Output of the acoustic encoder.
-        encoder_out_lens (`torch.Tensor` of shape `[B]`): Number of valid frames.
-        ctc_features (`torch.Tensor` of shape `[B, T, D]`, *optional*): What the CTC head's linear layer reads.
-        ctc_log_probs (`torch.Tensor` of shape `[B, T, U+1]`, *optional*): CTC log-probabilities, blank last. Not of a
-            training step, unless the projector reads them: over the vocabulary of a language model they are large.
-        audio_embeds (`torch.Tensor` of shape `[B, L, H]`, *optional*): Input embeddings of the language model.
-        audio_embeds_lens (`torch.Tensor` of shape `[B]`, *optional*): Number of valid audio positions.
-    """
-
-    encoder_out: torch.Tensor | None = None
-    encoder_out_lens: torch.Tensor | None = None
-    ctc_features: torch.Tensor | None = None
-    ctc_log_probs: torch.Tensor | None = None
-    audio_embeds: torch.Tensor | None = None
-    audio_embeds_lens: torch.Tensor | None = None
-
-
-@dataclass
-class SpeechLLMOutput(ModelOutput):
-    """Output of [`SpeechLLMForConditionalGeneration`].
-
-    Args:
-        loss (`torch.Tensor` of shape `[]`, *optional*): Weighted sum of the losses below.
-        ce_loss (`torch.Tensor` of shape `[]`, *optional*): Cross-entropy per token, in nats.
-        ctc_loss (`torch.Tensor` of shape `[]`, *optional*): CTC loss per token of the transcripts, in nats.
-        logits (`torch.Tensor` of shape `[B, P, V]`, *optional*): Outputs of the language model; with `labels` and no
-            `input_ids` only those that predict the labels, `[B, labels, V]`.
-        past_key_values (`Cache`, *optional*): Cache of the language model.
-        audio (`SpeechLLMAudioOutput`, *optional*): What was computed from the audio.
-    """
-
-    loss: torch.Tensor | None = None
-    ce_loss: torch.Tensor | None = None
-    ctc_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    audio: SpeechLLMAudioOutput | None = None
 
 
 class SpeechLLMPreTrainedModel(PreTrainedModel):
@@ -159,6 +123,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             shape = (config.text_config.vocab_size, config.ctc_chain_length)
             self.register_buffer("ctc_chains", torch.full(shape, UNSPELLABLE, dtype=torch.int32))
         self._num_audio_layers = len(encoder_layers(self.audio_tower))
+        for layer in config.ctc_layers if self.ctc_head is not None else ():
+            layer_index(layer, self._num_audio_layers)  # raises if there is no such layer
         self._label_units: tuple[tuple, LabelUnits | LabelChains] | None = None  # and what they were made of
         # What transformers takes for derived from the config loses our own entries, such as `ctc_weight`, in a reload.
         self.generation_config._from_model_config = False
@@ -275,14 +241,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         plain = plain_state_dict(self, state_dict)
         if is_main_process:
             save_adapter(self, state_dict, save_directory)
-        # By these, transformers would write the adapter alone, and the names of the weights as if of an adapter.
-        of_adapter = {"_hf_peft_config_loaded": False, "_weight_conversions": None}
-        before = {name: getattr(self, name, None) for name in of_adapter}
-        vars(self).update(of_adapter)
-        try:
+        with adapter_unnoticed(self):
             super().save_pretrained(save_directory, is_main_process, plain, *args, **kwargs)
-        finally:
-            vars(self).update(before)
 
     def _upload_modified_files(
         self,
@@ -309,6 +269,29 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_output_embeddings(value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As of transformers; of tokens that are new, CTC does not know how they are spelled.
+
+        Args:
+            new_num_tokens, pad_to_multiple_of, mean_resizing: As for `PreTrainedModel.resize_token_embeddings`.
+
+        Raises:
+            ValueError: If a CTC label is one of the tokens that would be cut off.
+        """
+        last_label = max(self.config.ctc_token_ids or [-1])
+        if new_num_tokens is not None and new_num_tokens <= last_label:
+            raise ValueError(
+                f"new_num_tokens: expected more than {last_label}, which is a CTC label (config.ctc_token_ids), got "
+                f"{new_num_tokens}; keep the tokens up to it."
+            )
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.ctc_chain_length is not None:
+            num_missing = self.config.text_config.vocab_size - len(self.ctc_chains)  # negative ones cut rows off
+            self.ctc_chains = nn.functional.pad(self.ctc_chains, (0, 0, 0, num_missing), value=UNSPELLABLE)
+        return embeddings
 
     def get_decoder(self) -> PreTrainedModel:
         return self.language_model.get_decoder()
@@ -359,10 +342,10 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             input_features_mask: `[B, S]`, 1 on valid steps. `None`: no padding.
             ctc_log_probs: Whether CTC log-probabilities are wanted, or just what they are computed from.
         """
-        parameter = next(self.audio_tower.parameters())
+        weight = first_weight(self.audio_tower)
         layers = tuple(self.ctc_head.layers) if self.ctc_head is not None else ()
         encoding = encode_audio(
-            self.audio_tower, input_features.to(parameter.device, parameter.dtype), input_features_mask, layers
+            self.audio_tower, input_features.to(weight.device, weight.dtype), input_features_mask, layers
         )
         audio = SpeechLLMAudioOutput(encoder_out=encoding.encoder_out, encoder_out_lens=encoding.encoder_out_lens)
         if self.ctc_head is not None:
@@ -527,6 +510,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             ctc_loss=ctc_loss,
             logits=lm_output.logits,
             past_key_values=lm_output.past_key_values,
+            hidden_states=lm_output.hidden_states,
+            attentions=lm_output.attentions,
             audio=audio,
         )
 
@@ -539,7 +524,7 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         num_items_in_batch: torch.Tensor | int | None,
         kwargs: dict[str, Any],
     ) -> SpeechLLMOutput:
-        """The language model on prompt, audio and labels: cross-entropy (with labels), logits and cache."""
+        """The language model on prompt, audio and labels: cross-entropy (with labels), logits, cache and so on."""
         inputs = self.merge_inputs(audio, input_ids, attention_mask)
         if labels is not None:
             labels = labels.to(inputs.mask.device)
@@ -551,15 +536,20 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             lm_output = self.language_model(
                 inputs_embeds=inputs.inputs_embeds, attention_mask=inputs.mask, position_ids=position_ids, **kwargs
             )
+        output = SpeechLLMOutput(
+            logits=lm_output.logits,
+            past_key_values=lm_output.past_key_values,
+            hidden_states=lm_output.get("hidden_states"),
+            attentions=lm_output.get("attentions"),
+        )
         if labels is None:
-            return SpeechLLMOutput(logits=lm_output.logits, past_key_values=lm_output.past_key_values)
-        logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
+            return output
+        output.logits = logits = lm_output.logits[:, -labels.shape[1] - 1 : -1]
         ce_sum = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        return SpeechLLMOutput(
-            ce_loss=ce_sum / num_items_in_batch, logits=logits, past_key_values=lm_output.past_key_values
-        )
+        output.ce_loss = ce_sum / num_items_in_batch
+        return output
 
     def ctc_targets(self, labels: torch.Tensor) -> torch.Tensor:
         """CTC labels `[B, N']` of the tokens `[B, N]` of the transcripts; end-of-sequence and padding become -100."""

@@ -63,6 +63,7 @@ class SpeechLLMPipeline(SegmentedPipeline):
                 prompt_before=model.config.prompt_before,
                 prompt_after=model.config.prompt_after,
             )
+            self.tokenizer = self.processor.tokenizer  # which has the padding side of the feature extractor
 
     @property
     def max_piece_s(self) -> float:

@@ -1,11 +1,14 @@
 """Processor: waveforms to encoder input, transcripts to labels, token ids to text."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.feature_extraction_sequence_utils import SequenceFeatureExtractor
+
+from .word_tokens import encode_words
 
 AUDIO_TOKEN = "<|audio|>"
 IGNORE_INDEX = -100
@@ -14,6 +17,7 @@ IGNORE_INDEX = -100
 WHISPER_TAIL_SAMPLES = 400
 # Shorter audio is padded with silence: extractors that normalise over time need two frames.
 MIN_DURATION_S = 0.05
+MAX_CHANNELS = 8  # no clip is that few samples long
 
 
 class SpeechLLMProcessor(ProcessorMixin):
@@ -22,7 +26,8 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     Args:
         feature_extractor (`SequenceFeatureExtractor`): Feature extractor of the acoustic encoder.
-        tokenizer (`PreTrainedTokenizerBase`): Tokeniser of the language model. It gets the audio placeholder.
+        tokenizer (`PreTrainedTokenizerBase`): Tokeniser of the language model. It is copied, unless it has the audio
+            placeholder, a padding token and pads on the right, as that of a saved processor does.
         prompt_before (`str`, defaults to `""`), prompt_after (`str`, defaults to `""`): Text around the audio; must be
             those of the model's config.
     """
@@ -35,12 +40,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         prompt_after: str = "",
         **kwargs: Any,
     ):
-        # transformers' pipelines insist on one padding side for audio and text; prompts are padded left by hand below.
-        tokenizer.padding_side = "right"
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        if AUDIO_TOKEN not in tokenizer.get_vocab():
-            tokenizer.add_special_tokens({"extra_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
+        tokenizer = _prepared(tokenizer)
         self.prompt_before, self.prompt_after = prompt_before, prompt_after
         super().__init__(feature_extractor, tokenizer, **kwargs)
 
@@ -85,7 +85,9 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Audio to `input_features` and `input_features_mask`, transcripts to `labels`.
 
         Args:
-            audio: Mono waveform(s) `[samples]` at `sampling_rate`, padded on the right to the longest and to 0.05 s.
+            audio: Mono waveform(s) `[samples]` at `sampling_rate`, padded on the right to the longest and to 0.05 s. An
+                array of two axes is a batch `[B, samples]`, as everywhere in transformers, never channels: take their
+                mean first.
             text: Transcript(s); `labels` `[B, N]` are their tokens and the end of sequence, padded with -100.
             sampling_rate: Of `audio`, in Hz; checked against the feature extractor's.
             padding: `"longest"`, or `"max_length"`: Whisper's features are padded to 30 s, others as with `"longest"`.
@@ -115,7 +117,13 @@ class SpeechLLMProcessor(ProcessorMixin):
                 f"sampling_rate must be {self.sampling_rate} Hz for this model, got {sampling_rate}; "
                 "resample the audio (hf_speechllm.audio.prepare_waveform does)."
             )
-        waveforms = [audio] if isinstance(audio, (np.ndarray, torch.Tensor)) and audio.ndim == 1 else list(audio)
+        is_array = isinstance(audio, (np.ndarray, torch.Tensor))
+        if is_array and audio.ndim == 2 and audio.shape[1] <= MAX_CHANNELS < audio.shape[0]:
+            raise ValueError(
+                f"audio: an array of two axes is a batch [B, samples], got shape {tuple(audio.shape)}, which looks "
+                "like [samples, channels]; take the mean over the channels."
+            )
+        waveforms = [audio] if is_array and audio.ndim == 1 else list(audio)
         waveforms = [np.asarray(waveform, dtype=np.float32) for waveform in waveforms]
         for index, waveform in enumerate(waveforms):
             if waveform.ndim != 1 or waveform.size == 0:
@@ -148,9 +156,7 @@ class SpeechLLMProcessor(ProcessorMixin):
 
     def encode_transcript(self, text: str) -> list[int]:
         """Tokens of a transcript and the end-of-sequence token. Every word, the first too, carries its space."""
-        text = text.strip()
-        ids = self.tokenizer(f" {text}", add_special_tokens=False).input_ids if text else []
-        return [*ids, self.tokenizer.eos_token_id]
+        return [*encode_words(self.tokenizer, text.strip()), self.tokenizer.eos_token_id]
 
     def apply_transcription_request(
         self,
@@ -161,7 +167,7 @@ class SpeechLLMProcessor(ProcessorMixin):
         """Everything that `generate` takes: features and a prompt with the audio placeholder, padded on the left.
 
         Args:
-            audio: Mono waveform(s) `[samples]`.
+            audio: Mono waveform(s), as for the call of the processor.
             prompt: Text after the audio in place of the model's own; one for all, or one each.
             sampling_rate: Of `audio`, in Hz.
         """
@@ -187,6 +193,21 @@ class SpeechLLMProcessor(ProcessorMixin):
     def decode(self, token_ids: Any, skip_special_tokens: bool = True, **kwargs: Any) -> str:
         """Token ids `[N]` to text without surrounding space."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs).strip()
+
+
+def _prepared(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with the audio placeholder, a padding token, and padding on the right; a copy if it lacks any."""
+    has_placeholder = AUDIO_TOKEN in tokenizer.get_vocab()
+    if has_placeholder and tokenizer.pad_token is not None and tokenizer.padding_side == "right":
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    # transformers' pipelines insist on one padding side for audio and text; prompts are padded on the left by hand.
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not has_placeholder:
+        tokenizer.add_special_tokens({"extra_special_tokens": [AUDIO_TOKEN]}, replace_extra_special_tokens=False)
+    return tokenizer
 
 
 SpeechLLMProcessor.register_for_auto_class()

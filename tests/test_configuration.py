@@ -118,6 +118,16 @@ def test_blank_id_without_ctc_head_is_an_error():
         ({"interface": "telepathy"}, r"interface must be one of \('prefix',.*\), got 'telepathy'"),
         ({"downsampling": 0}, "downsampling must be a positive number of encoder frames, got 0"),
         ({"ctc_layers": []}, r"ctc_layers must name at least one encoder layer, got an empty list; \[-1\] is the last"),
+        ({"projector_hidden_size": 0}, "projector_hidden_size must be a positive width, or None .* got 0"),
+        ({"max_audio_duration_s": -1.0}, "max_audio_duration_s must be a positive time in s, got -1.0"),
+        ({"max_audio_duration_s": float("nan")}, "max_audio_duration_s must be a positive time in s, got nan"),
+        (
+            {"ce_loss_weight": 0.0, "ctc_loss_weight": 0.0},
+            "ce_loss_weight, ctc_loss_weight must .* got 0.0 and 0.0 with",
+        ),
+        ({"ce_loss_weight": -1.0}, "ce_loss_weight, ctc_loss_weight must be at least 0, .* got -1.0 and 0.5"),
+        ({"ctc_loss_weight": float("inf")}, "ce_loss_weight, ctc_loss_weight must be .* got 1.0 and inf"),
+        ({"ce_loss_weight": 0.0, "ctc_token_ids": None}, "one of them more, .* got 0.0 and 0.5 without a CTC head"),
         ({"ctc_labels": ["a"]}, "ctc_token_ids and ctc_labels exclude each other"),
         ({"ctc_token_ids": [3, 4], "ctc_vocab_size": 3}, "ctc_token_ids must have ctc_vocab_size = 3 entries, got 2"),
         (

@@ -306,6 +306,8 @@ def test_every_mode_of_generate_can_be_given(folder):
     for mode in MODES:
         assert mode_options(pipe, mode, {})["mode"] == mode
     assert mode_options(pipe, "joint", {"num_beams": 1}) == {"num_beams": 1, "mode": "llm"}
+    with pytest.raises(UsageError, match="--generate: lm_weight: it has no part in mode 'ctc_beam'"):
+        mode_options(pipe, "ctc_beam", {"lm_weight": 0.4})
     with pytest.raises(UsageError, match="--mode: expected one of ctc_.*joint.*llm.*, got 'greedy'"):
         mode_options(pipe, "greedy", {})
 

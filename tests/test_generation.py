@@ -162,6 +162,9 @@ def test_the_pipeline_of_transformers_passes_the_audio_mask_as_attention_mask(mo
     assert torch.equal(model.generate(input_features=features, attention_mask=mask), expected)
     both = model.generate(input_features=features, attention_mask=mask, input_features_mask=mask)
     assert torch.equal(both, expected)
+    for other in (torch.ones_like(mask), torch.ones(3, 4)):
+        with pytest.raises(ValueError, match="attention_mask: without input_ids it is the mask of the audio"):
+            model.generate(input_features=features, attention_mask=other, input_features_mask=mask)
     assert not torch.equal(model.generate(input_features=features), expected), "here the padding is audio"
 
 
@@ -203,6 +206,26 @@ def test_ctc_greedy_is_the_best_path_without_repeats_and_blanks(inputs, sharp):
         expected = [model.config.ctc_token_ids[label] for label in labels]
         assert got[row].tolist() == expected + [PAD] * (got.shape[1] - len(expected))
     assert sharp == 1.0 or got.shape[1] > 1
+
+
+@pytest.mark.parametrize("ctc_top_k", [None, 3])
+def test_ctc_greedy_tells_labels_and_log_prob_of_its_path(model, inputs, ctc_top_k):
+    options = {"mode": "ctc_greedy", "ctc_top_k": ctc_top_k}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True)
+    audio = model.encode(**inputs)
+    assert torch.equal(output.sequences, model.generate(**inputs, **options))
+    for row in range(3):
+        best = audio.ctc_log_probs[row, : audio.encoder_out_lens[row]].max(-1)
+        labels = [label for label, _ in itertools.groupby(best.indices.tolist()) if label != model.config.blank_id]
+        [hypothesis] = output.hypotheses[row]
+        assert hypothesis.labels == tuple(labels)
+        assert hypothesis.am_log_prob == hypothesis.log_score == pytest.approx(float(best.values.sum()), rel=1e-6)
+        assert float(output.sequences_scores[row]) == pytest.approx(hypothesis.log_score, rel=1e-6)
+    prompt = model.prompt_ids.expand(3, -1)
+    behind = model.generate(
+        **inputs, **options, return_dict_in_generate=True, input_ids=prompt, attention_mask=torch.ones_like(prompt)
+    )
+    assert torch.equal(behind.sequences, torch.cat([prompt, output.sequences], 1))
 
 
 def test_ctc_greedy_does_not_run_the_language_model(monkeypatch, model, inputs):
@@ -354,15 +377,42 @@ def test_options_of_transformers_are_passed_on(model, inputs):
     assert sorted(set(calls)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("search", ["greedy", "beam", "joint", "joint beam"])
+def test_generation_stops_at_a_text(model, inputs, search):
+    options = {**SEARCHES[search], "max_new_tokens": 12}
+    tokenizer, words = tiny_tokenizer(), ["d", "j", "w"]
+    texts = tokenizer.batch_decode(model.generate(**inputs, **options))
+    assert any(word in text[:-1] for text in texts for word in words)
+    stopped = tokenizer.batch_decode(
+        model.generate(**inputs, **options, stop_strings=words, tokenizer=tokenizer), skip_special_tokens=True
+    )
+    ends = 0
+    for text in stopped:
+        found = [word for word in words if word in text]
+        ends += len(found)
+        assert all(text.index(word) == len(text) - 1 for word in found)
+    assert ends
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}, {"num_beams": 2, "assistant_model": True}]
+)
+def test_assisted_decoding_is_refused(model, inputs, options):
+    if "assistant_model" in options:
+        options = {**options, "assistant_model": model.language_model}
+    with pytest.raises(ValueError, match=f"{[*options][-1]}: assisted decoding is for models that read tokens"):
+        model.generate(**inputs, **options)
+
+
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("audio", ["moonshine", "wav2vec2", "parakeet"])
 def test_silence_a_moment_and_a_minute_of_audio_are_decoded(audio, search):
     model, processor = loud_model(audio), tiny_processor(audio)
     clips = [0.0 * noise(1.0)[0], noise(0.05)[0], noise(60.0)[0]]
     for clip in clips:
-        options = {"max_new_tokens": 4, "return_dict_in_generate": search != "ctc_greedy", "output_scores": True}
-        output = model.generate(**processor(clip), **SEARCHES[search], **options)
-        assert (output if search == "ctc_greedy" else output.sequences).shape[0] == 1
+        options = {} if search == "ctc_greedy" else {"max_new_tokens": 4, "output_scores": True}
+        output = model.generate(**processor(clip), **SEARCHES[search], **options, return_dict_in_generate=True)
+        assert output.sequences.shape[0] == 1
         if search != "ctc_greedy":
             assert all(not scores.isnan().any() and scores.max() > -torch.inf for scores in output.scores)
     encoding = model.encode(**processor(clips[-1]))
@@ -382,6 +432,10 @@ def test_whisper_refuses_a_minute_and_decodes_half_a_minute():
         ({"mode": "telepathy"}, r"mode must be one of \('llm', 'ctc_greedy', .*\), got 'telepathy'"),
         ({"ctc_weight": 1.5}, r"ctc_weight must lie between 0 \(language model only\) and 1 \(CTC only\), got 1.5"),
         ({"ctc_weight": -0.1}, "ctc_weight must lie between .* got -0.1"),
+        ({"ctc_weight": "x"}, "ctc_weight must be a number, got 'x'"),
+        ({"lm_weight": True}, "lm_weight must be a number, got True"),
+        ({"ctc_top_k": 2.5}, "ctc_top_k must be a whole number, got 2.5"),
+        ({"mode": "ctc_beam", "ctc_beam_size": 2.5}, "ctc_beam_size must be a whole number, got 2.5"),
         ({"ctc_weigth": 0.3}, "ctc_weigth"),
         ({"input_features": None}, "input_features is required: pass the output of the processor"),
         ({"input_ids": torch.tensor([[1, 2]] * 3)}, "one row per utterance .* one audio placeholder"),

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_models import loud_model, noise, tiny_model, tiny_processor, tiny_tokenizer
+from tiny_models import loud_model, noise, tiny_model, tiny_processor, tiny_sentencepiece, tiny_tokenizer
 from transformers import GenerationConfig
 
-from hf_speechllm import SpeechLLMForConditionalGeneration
+from hf_speechllm import SpeechLLMForConditionalGeneration, combination
 from hf_speechllm.combination import MODES
 from hf_speechllm.ctc_beam_search import ctc_beam_search
 from hf_speechllm.lm_score import CausalLMScorer
@@ -45,12 +45,13 @@ def search(model, inputs, mode, tokenizer, **options):
 
 @pytest.mark.parametrize("mode", SEARCHES)
 def test_a_batch_gives_what_each_utterance_gives_alone(model, inputs, tokenizer, mode):
-    together = search(model, inputs, mode, tokenizer, num_return_sequences=2, **SCALES)
+    scales = SCALES if mode in COMBINED else {}
+    together = search(model, inputs, mode, tokenizer, num_return_sequences=2, **scales)
     assert together.sequences.shape[0] == together.sequences_scores.shape[0] == 6
     for row in range(3):
         length = int(inputs["input_features_mask"][row].sum())
         single = {name: value[row : row + 1, :length] for name, value in inputs.items()}
-        alone = search(model, single, mode, tokenizer, num_return_sequences=2, **SCALES)
+        alone = search(model, single, mode, tokenizer, num_return_sequences=2, **scales)
         for mine, other in zip(together.hypotheses[row], alone.hypotheses[0], strict=True):
             assert mine.labels == other.labels
             assert mine.log_score == pytest.approx(other.log_score, abs=1e-3)
@@ -162,6 +163,9 @@ def test_the_tokenizer_is_asked_for(model, inputs, mode):
 def test_wrong_options_are_named(model, inputs, tokenizer):
     with pytest.raises(ValueError, match=r"mode must be one of .*'delayed_fusion'.*, got 'beam'"):
         model.generate(**inputs, mode="beam")
+    for number in (0, 5, 1.5):
+        with pytest.raises(ValueError, match=rf"num_return_sequences must be 1 to 4 \(ctc_beam_size.*, got {number};"):
+            search(model, inputs, "ctc_beam", tokenizer, num_return_sequences=number)
     for name in ("ctc_top_k", "ctc_beam_size", "fusion_interval"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             model.generate(**inputs, mode="ctc_beam", **{name: 0})
@@ -182,6 +186,66 @@ def test_wrong_options_are_named(model, inputs, tokenizer):
             without_labels.generate(**inputs, mode=mode, tokenizer=tokenizer)
 
 
+GIVEN = ("max_new_tokens=2", "num_beams=5")
+ANYTHING = object()
+WITHOUT_PART = [
+    (
+        "llm",
+        {"lm_weight": 0.3},
+        "lm_weight: in mode 'llm' it is the weight of another language model, and there is no",
+    ),
+    *(
+        (mode, {name: value}, rf"{name}: it has no part in mode '{mode}'; leave it out, or choose a mode of \({modes}")
+        for mode, name, value, modes in [
+            ("llm", "prior_weight", 0.1, "'rescoring', 'label_fusion', 'delayed_fusion'"),
+            ("llm", "length_reward", 0.1, "'rescoring'"),
+            ("llm", "ctc_beam_size", 4, "'ctc_beam', 'rescoring'"),
+            ("llm", "fusion_interval", 2, "'delayed_fusion'"),
+            ("rescoring", "fusion_interval", 2, "'delayed_fusion'"),
+            ("rescoring", "ctc_weight", 0.5, "'llm'"),
+            ("ctc_beam", "ctc_top_k", 5, "'llm', 'ctc_greedy'"),
+            ("ctc_beam", "lm_weight", 0.5, "'llm', 'rescoring'"),
+            ("ctc_beam", "do_sample", True, "'llm'"),
+            ("delayed_fusion", "stop_strings", ["a"], "'llm'"),
+            ("ctc_greedy", "lm_weight", 0.5, "'llm'"),
+            ("ctc_greedy", "num_return_sequences", 2, "'llm', 'ctc_beam'"),
+            ("ctc_greedy", "logits_processor", [ANYTHING], "'llm'"),
+            ("ctc_greedy", "bad_words_ids", [[4]], "'llm'"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("mode", "options", "message"), WITHOUT_PART)
+def test_an_option_without_part_in_the_mode_is_refused_in_a_call_and_passed_over_in_a_config(
+    model, inputs, tokenizer, mode, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, mode=mode, tokenizer=tokenizer, **options)
+    if not options.keys() & {"logits_processor", "num_return_sequences"}:
+        stored = GenerationConfig(max_new_tokens=2)
+        stored.update(**options, allow_custom_entries=True)
+        model.generate(**inputs, mode=mode, tokenizer=tokenizer, generation_config=stored)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_options_that_ask_for_nothing_pass_in_every_mode(model, inputs, tokenizer, mode):
+    options = dict.fromkeys(("lm_weight", "prior_weight", "length_reward", "ctc_weight"), 0)
+    options |= {"do_sample": False, "use_cache": True, "num_beams": 1, "num_return_sequences": 1, "streamer": None}
+    options |= {"synced_gpus": False, "ctc_top_k": None, "temperature": None, "logits_processor": None}
+    got = model.generate(**inputs, mode=mode, tokenizer=tokenizer, **options)
+    assert torch.equal(got, model.generate(**inputs, mode=mode, tokenizer=tokenizer))
+
+
+def test_what_trainer_and_pipelines_always_give_is_passed_over_with_a_warning(model, inputs, tokenizer, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(combination.logger, "warning_once", warnings.append)
+    expected = model.generate(**inputs, mode="ctc_greedy")
+    got = model.generate(**inputs, mode="ctc_greedy", num_beams=5, max_new_tokens=2, max_length=None)
+    assert torch.equal(got, expected)
+    assert sorted(warnings) == [f"{given} has no part in mode 'ctc_greedy' and is passed over." for given in GIVEN]
+
+
 def with_own_labels(model: SpeechLLMForConditionalGeneration, tokenizer) -> SpeechLLMForConditionalGeneration:
     """The same model, whose CTC labels have the texts of the tokens that they were."""
     texts = [tokenizer.decode([token]) for token in model.config.ctc_token_ids]
@@ -200,6 +264,19 @@ def test_labels_of_their_own_give_the_text_that_the_same_labels_give_as_tokens(m
     assert len(set(texts)) > 1
     again = tokenizer([f" {text}" if text else "" for text in texts], add_special_tokens=False).input_ids
     assert [[token for token in row if token != tokenizer.pad_token_id] for row in own.tolist()] == again
+
+
+@pytest.mark.parametrize("mode", ["ctc_greedy", "ctc_beam"])
+def test_labels_of_their_own_become_tokens_without_a_space_too_many(model, inputs, tokenizer, mode):
+    own, sentencepiece = with_own_labels(model, tokenizer), tiny_sentencepiece()
+    texts = tokenizer.batch_decode(own.generate(**inputs, mode=mode, tokenizer=tokenizer), skip_special_tokens=True)
+    tokens = own.generate(**inputs, mode=mode, tokenizer=sentencepiece)
+    assert [text.split() for text in sentencepiece.batch_decode(tokens, skip_special_tokens=True)] == [
+        text.split() for text in texts
+    ]
+    for row, text in zip(tokens, texts, strict=True):
+        expected = "".join(f"▁{word}" for word in text.split())
+        assert "".join(sentencepiece.convert_ids_to_tokens(row[row != sentencepiece.pad_token_id])) == expected
 
 
 def test_labels_of_their_own_need_the_tokenizer_and_are_no_tokens(model, inputs, tokenizer):

@@ -209,6 +209,21 @@ def test_bfloat16_models_give_float32_log_probs() -> None:
     assert scorer.score([[5, 6]]).dtype == torch.float64
 
 
+@pytest.mark.parametrize("num_tokens", [1, 90])  # more than there is room for at the start
+def test_states_of_inference_mode_go_on_outside_of_it_and_the_other_way_round(llama, num_tokens: int) -> None:
+    scorer = CausalLMScorer(llama, TOKENIZER)
+    history = [5 + i % 7 for i in range(num_tokens)]
+    state, ids = scorer.start(1), [BOS]
+    for is_inference in (True, False, True, False, False):
+        with torch.inference_mode(is_inference):
+            if len(ids) == 1:
+                state = scorer.start(1)
+            state = extend(scorer, state, [0], [history])
+        ids += history
+    expected = uncached_log_probs(llama, ids)[-1]
+    torch.testing.assert_close(state.next_log_probs[0], expected, atol=1e-4, rtol=0)
+
+
 def test_gradients_are_not_kept(llama) -> None:
     scorer = CausalLMScorer(llama, TOKENIZER)
     assert not extend(scorer, scorer.start(1), [0], [[5]]).next_log_probs.requires_grad

@@ -1,6 +1,7 @@
 """SpeechLLMForConditionalGeneration: embeddings, losses and gradients against oracles; every encoder x every LLM."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -377,9 +378,11 @@ def test_the_ctc_head_reads_the_chosen_layers(layers, batch):
         assert all(parameter.grad is not None for parameter in model.ctc_head.parameters())
 
 
-def test_a_ctc_layer_that_does_not_exist_is_an_error(batch):
-    with pytest.raises(ValueError, match="ctc_layers: layer 7 does not exist in an encoder of 3 layers"):
-        tiny_model(ctc_layers=[7])(**batch)
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_ctc_layer_that_does_not_exist_is_an_error(layer):
+    with pytest.raises(ValueError, match=f"ctc_layers: layer {layer} does not exist in an encoder of 3 layers"):
+        tiny_model(ctc_layers=[-1, layer])
+    tiny_model(ctc_layers=[layer], ctc_token_ids=None)  # nothing reads it
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
@@ -424,3 +427,52 @@ def test_the_config_of_the_tiny_models_is_not_touched_by_building_a_model():
     before = copy.deepcopy(config.to_dict())
     SpeechLLMForConditionalGeneration(config)
     assert config.to_dict() == before
+
+
+def data_parallel_replica(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> nn.Module:
+    """What `torch.nn.DataParallel` makes of `model` for each device: its weights are attributes, not parameters."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)  # not that of a GPU
+    copies = lambda tensors, *_, **__: [[tensor.clone() for tensor in tensors]]  # noqa: E731
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copies)
+    return module.replicate(model, ["cpu"])[0]
+
+
+@pytest.mark.parametrize("audio", AUDIO_CONFIGS)
+@pytest.mark.parametrize("interface", ["prefix", "cross_attention"])
+def test_a_replica_of_data_parallel_computes_the_same(monkeypatch, audio, interface):
+    model = loud_model(audio, interface=interface, ctc_layers=[0, -1])
+    batch = dict(tiny_processor(audio)(noise(*DURATIONS_S), text=list(TEXTS)))
+    replica = data_parallel_replica(monkeypatch, model)
+    assert next(replica.parameters(), None) is None
+    expected, got = model(**batch), replica(**batch)
+    assert torch.equal(got.loss, expected.loss)
+    assert torch.equal(got.logits, expected.logits)
+    expected_gradients = gradients(model, expected.loss)
+    for name, gradient in gradients(model, got.loss).items():
+        torch.testing.assert_close(gradient, expected_gradients[name])
+
+
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_hidden_states_and_attentions_are_those_of_the_language_model(batch, with_labels):
+    model = loud_model()
+    model.set_attn_implementation("eager")
+    if not with_labels:
+        del batch["labels"]
+    plain = model(**batch)
+    assert plain.hidden_states is None
+    assert plain.attentions is None
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    audio = model.get_audio_features(batch["input_features"], batch["input_features_mask"])
+    inputs = model.merge_inputs(audio, None)
+    num_layers = model.config.text_config.num_hidden_layers
+    num_labels = (batch["labels"] != -100).sum(1) if with_labels else 0
+    length = int((inputs.mask.sum(1) + num_labels).max())
+    assert [tuple(states.shape) for states in output.hidden_states] == [(3, length, 24)] * (num_layers + 1)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 2, length, length)] * num_layers
+    last = model.get_output_embeddings()(output.hidden_states[-1])
+    expected = last[:, -batch["labels"].shape[1] - 1 : -1] if with_labels else last
+    torch.testing.assert_close(output.logits, expected)
+    as_tuple = model(**batch, output_hidden_states=True, return_dict=False)
+    torch.testing.assert_close(as_tuple[0], output[0])
+    assert len(as_tuple) == len(output) - 1  # without attentions

@@ -173,6 +173,31 @@ def test_embeddings_are_resized_saved_and_loaded(tmp_path, text):
     assert again(**tiny_processor()(noise(0.2))).logits.shape[-1] == size + 9
 
 
+@pytest.mark.parametrize("more", [5, -3])
+def test_chains_are_resized_with_the_embeddings(tmp_path, more):
+    model = loud_model(ctc_token_ids=None, ctc_labels=["a", "b"], ctc_chain_length=2)
+    model.ctc_chains[3:5] = torch.tensor([[0, 1], [1, -1]])
+    before, size = model.label_units.chains.clone(), model.config.text_config.vocab_size
+    model.resize_token_embeddings(size + more)
+    assert torch.equal(model.label_units.chains[:size], before[: size + more])
+    assert (model.label_units.chains[size:] == -2).all()  # no token that is new can be spelled
+    model.save_pretrained(tmp_path)
+    again = SpeechLLMForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.label_units.chains, model.label_units.chains)
+    inputs = tiny_processor()(noise(0.3, 0.5))
+    assert torch.equal(again.generate(**inputs, ctc_weight=0.3), model.generate(**inputs, ctc_weight=0.3))
+
+
+def test_tokens_that_are_ctc_labels_cannot_be_cut_off():
+    model = tiny_model()
+    size, last = model.config.text_config.vocab_size, max(model.config.ctc_token_ids)
+    with pytest.raises(ValueError, match=f"new_num_tokens: expected more than {last}, which is a CTC label"):
+        model.resize_token_embeddings(last)
+    assert model.config.text_config.vocab_size == len(model.get_input_embeddings().weight) == size
+    model.resize_token_embeddings(last + 1)
+    assert model.config.text_config.vocab_size == last + 1
+
+
 def test_initialisation_is_as_the_config_says():
     model = tiny_model(ctc_layers=[0, -1], projector="ctc_posterior", initializer_range=0.5)
     assert abs(float(model.multi_modal_projector.linear_1.weight.std()) - 0.5) < 0.05

@@ -221,6 +221,15 @@ def options_of_generate(pipe, monkeypatch) -> list[dict]:
     return calls
 
 
+def test_the_plain_tokenizer_of_the_language_model_will_do(pipe, texts):
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = "left"
+    other = pipeline(TASK, model=pipe.model, tokenizer=tokenizer, feature_extractor=feature_extractor("moonshine"))
+    assert [output["text"] for output in other(CLIPS, batch_size=4)] == texts
+    assert tokenizer.padding_side == "left"
+    assert other.tokenizer is other.processor.tokenizer
+
+
 OPTIONS = [{"ctc_weight": 0.9}, {"num_beams": 3}, {"mode": "ctc_greedy"}, {"ctc_weight": 0.9, "max_new_tokens": 3}]
 
 
@@ -250,40 +259,47 @@ def test_options_of_a_call_win_over_those_of_the_construction(pipe, folder):
     assert other(CLIPS[3], ctc_weight=0.9, num_beams=1) == pipe(CLIPS[3], ctc_weight=0.9)
 
 
-ALL_OPTIONS = {
-    "mode": "delayed_fusion",
-    "ctc_weight": 0.25,
-    "ctc_top_k": 5,
-    "lm_weight": 0.7,
-    "prior_weight": 0.1,
-    "length_reward": 0.6,
-    "ctc_beam_size": 3,
-    "fusion_interval": 2,
-}
+ALL_OPTIONS = (
+    {"mode": "llm", "ctc_weight": 0.25, "ctc_top_k": 5},
+    {
+        "mode": "delayed_fusion",
+        "lm_weight": 0.7,
+        "prior_weight": 0.1,
+        "length_reward": 0.6,
+        "ctc_beam_size": 3,
+        "fusion_interval": 2,
+    },
+)
 
 
-def test_every_option_of_ours_and_the_tokenizer_reach_generate(pipe, folder, monkeypatch):
-    assert set(ALL_OPTIONS) == set(OPTION_DEFAULTS)
-    assert all(value != OPTION_DEFAULTS[name] for name, value in ALL_OPTIONS.items())
+def test_every_option_of_ours_is_given():
+    given = ALL_OPTIONS[0] | ALL_OPTIONS[1]
+    assert set(given) == set(OPTION_DEFAULTS)
+    assert all(value != OPTION_DEFAULTS[name] for name, value in given.items())
+
+
+@pytest.mark.parametrize("options", ALL_OPTIONS, ids=["llm", "delayed_fusion"])
+def test_every_option_of_ours_and_the_tokenizer_reach_generate(pipe, folder, monkeypatch, options):
     expected = tiny_processor().batch_decode(
         pipe.model.generate(
-            **tiny_processor()(CLIPS[1], sampling_rate=RATE), **ALL_OPTIONS, tokenizer=tiny_processor().tokenizer
+            **tiny_processor()(CLIPS[1], sampling_rate=RATE), **options, tokenizer=tiny_processor().tokenizer
         )
     )[0]
     calls = options_of_generate(pipe, monkeypatch)
-    assert pipe(CLIPS[1], **ALL_OPTIONS)["text"] == expected
-    assert pipe(CLIPS[1], generate_kwargs=ALL_OPTIONS)["text"] == expected
-    constructed = pipeline(TASK, model=folder, **ALL_OPTIONS)
+    assert pipe(CLIPS[1], **options)["text"] == expected
+    assert pipe(CLIPS[1], generate_kwargs=options)["text"] == expected
+    constructed = pipeline(TASK, model=folder, **options)
     assert constructed(CLIPS[1])["text"] == expected
     assert len(calls) == 3
     for call, owner in zip(calls, (pipe, pipe, constructed), strict=True):
-        assert {name: call[name] for name in ALL_OPTIONS} == ALL_OPTIONS
+        assert {name: call[name] for name in options} == options
         assert call["tokenizer"] is owner.tokenizer
 
 
 @pytest.mark.parametrize("mode", ["ctc_beam", "rescoring", "label_fusion", "delayed_fusion"])
 def test_modes_that_search_ctc_labels_give_in_a_batch_what_they_give_alone(pipe, mode):
-    options = {"mode": mode, "lm_weight": 0.7, "length_reward": 0.5, "ctc_beam_size": 4}
+    options = {"mode": mode, "ctc_beam_size": 4}
+    options |= {} if mode == "ctc_beam" else {"lm_weight": 0.7, "length_reward": 0.5}
     singles = [pipe(clip, **options) for clip in CLIPS]
     assert pipe(CLIPS, batch_size=4, **options) == singles
     assert len({single["text"] for single in singles}) > 1

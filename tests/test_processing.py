@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import AUDIO_CONFIGS, feature_extractor, noise, tiny_config, tiny_processor, tiny_tokenizer
+from tiny_models import (
+    AUDIO_CONFIGS,
+    feature_extractor,
+    noise,
+    tiny_config,
+    tiny_processor,
+    tiny_sentencepiece,
+    tiny_tokenizer,
+)
+from tokenizers import Tokenizer, models
 from transformers import AutoProcessor, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
 
 from hf_speechllm import SpeechLLMDataCollator, SpeechLLMProcessor
@@ -24,6 +33,21 @@ def test_labels_are_the_tokens_of_the_text_after_a_space_and_the_end_of_sequence
 def test_every_word_has_the_same_tokens_at_the_beginning_and_later():
     first, later = (tiny_processor().encode_transcript(text) for text in ("the", "is the"))
     assert later[-len(first) :] == first
+
+
+def test_a_tokenizer_that_puts_a_space_before_the_text_gets_none_of_ours():
+    tokenizer = tiny_sentencepiece()
+    processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
+    tokens = [tokenizer.convert_ids_to_tokens(processor.encode_transcript(text)) for text in ("the", " is the ", "")]
+    assert tokens == [["▁the", "</s>"], ["▁", "i", "s", "▁the", "</s>"], ["</s>"]]
+
+
+def test_a_tokenizer_that_joins_words_gets_a_space():
+    backend = Tokenizer(
+        models.BPE(vocab={"a": 0, " ": 1, "a ": 2, "a a": 3, "</s>": 4}, merges=[("a", " "), ("a ", "a")])
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer).encode_transcript("a a")[:-1] == [1, 3]
 
 
 def test_surrounding_space_changes_nothing():
@@ -170,7 +194,7 @@ def test_special_tokens_of_the_language_model_stay_special():
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>"]})
     processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
-    assert tokenizer.extra_special_tokens == ["<|turn|>", AUDIO_TOKEN]
+    assert processor.tokenizer.extra_special_tokens == ["<|turn|>", AUDIO_TOKEN]
     assert processor.decode(tokenizer("<|turn|>a").input_ids) == "a"
 
 
@@ -180,6 +204,15 @@ def test_a_tokenizer_without_pad_token_pads_with_the_end_of_sequence():
     processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
     assert processor.pad_token_id == EOS
     assert processor.tokenizer.padding_side == processor.feature_extractor.padding_side == "right"
+
+
+def test_the_tokenizer_that_is_given_stays_as_it_is_and_one_that_is_ready_is_not_copied():
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side, tokenizer.pad_token, size = "left", None, len(tokenizer)
+    processor = SpeechLLMProcessor(feature_extractor("moonshine"), tokenizer)
+    assert (tokenizer.padding_side, tokenizer.pad_token, len(tokenizer)) == ("left", None, size)
+    assert AUDIO_TOKEN not in tokenizer.get_vocab() and tokenizer.extra_special_tokens == []
+    assert SpeechLLMProcessor(feature_extractor("moonshine"), processor.tokenizer).tokenizer is processor.tokenizer
 
 
 @pytest.mark.parametrize("audio", ["moonshine", "whisper", "wav2vec2-bert", "parakeet"])
@@ -223,6 +256,9 @@ def test_a_processor_is_made_of_two_folders(tmp_path):
         ),
         ({"audio": np.zeros(0, np.float32)}, r"got shape \(0,\) at index 0"),
         ({"audio": [np.zeros((2, 800), np.float32)]}, r"got shape \(2, 800\) at index 0"),
+        ({"audio": np.zeros((1, 2, 800), np.float32)}, r"got shape \(2, 800\) at index 0"),
+        ({"audio": np.zeros((800, 2), np.float32)}, r"batch \[B, samples\], got shape \(800, 2\), which looks like"),
+        ({"audio": torch.zeros(800, 2)}, r"looks like \[samples, channels\]; take the mean over the channels"),
     ],
 )
 def test_a_wrong_input_is_an_error(arguments, message):

@@ -379,6 +379,13 @@ def test_parts_that_no_loss_reaches_are_frozen():
     assert (model.config.ce_loss_weight, model.config.ctc_loss_weight) == (1.0, 0.0)
 
 
+def test_tuning_without_any_loss_is_refused():
+    with pytest.raises(ValueError, match="ce_loss_weight, ctc_loss_weight must be at least 0, and one of them more"):
+        set_trainable(tiny_model(), TuningArguments(ce_loss_weight=0.0, ctc_loss_weight=0.0))
+    with pytest.raises(ValueError, match="got 0.0 and 1.0 without a CTC head"):
+        set_trainable(tiny_model(ctc_token_ids=None), TuningArguments(ce_loss_weight=0.0, ctc_loss_weight=1.0))
+
+
 def test_a_model_without_ctc_head_can_be_tuned():
     model = tiny_model(ctc_token_ids=None)
     set_trainable(model, TuningArguments())

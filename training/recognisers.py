@@ -15,7 +15,7 @@ from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
-from hf_speechllm.combination import MODES
+from hf_speechllm.combination import MODES, check_given_options
 from training.evaluation_data import UsageError
 
 ALIASES: dict[str, dict[str, Any]] = {"joint": {"mode": "llm"}, "llm": {"mode": "llm", "ctc_weight": 0.0}}
@@ -90,13 +90,19 @@ def mode_options(pipe: AutomaticSpeechRecognitionPipeline, mode: str, extra: dic
     """Options of `generate` for a mode; `extra` goes before what other models get by default, after the mode's.
 
     Raises:
-        UsageError: no such mode, a mode for a model without modes, or options for a model without `generate`.
+        UsageError: no such mode, a mode for a model without modes, an option without part in the mode, or options for a
+            model without `generate`.
     """
     if is_speech_llm(pipe):
         modes = sorted({*ALIASES, *MODES})
         if mode not in modes:
             raise UsageError(f"--mode: expected one of {', '.join(modes)}, got {mode!r}")
-        return {**extra, **ALIASES.get(mode, {"mode": mode})}
+        options = {**extra, **ALIASES.get(mode, {"mode": mode})}
+        try:
+            check_given_options(options["mode"], options)
+        except ValueError as error:
+            raise UsageError(f"--generate: {error}") from None
+        return options
     kind = pipe.model.config.model_type
     if mode != DEFAULT_MODE:
         raise UsageError(

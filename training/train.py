@@ -19,6 +19,7 @@ from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from hf_speechllm.audio import one_line
 from hf_speechllm.audio_encoders import encoder_layers
+from hf_speechllm.configuration_speechllm import check_loss_weights
 from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.metrics import word_errors
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
@@ -41,13 +42,14 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
     """Freeze, inject LoRA or leave free each part, as `tuning` says.
 
     Raises:
-        ValueError: For an unknown strategy, more encoder layers than there are, or a LoRA unlike that of an earlier
-            stage or without any layer to adapt.
+        ValueError: For an unknown strategy, no loss, more encoder layers than there are, or a LoRA unlike that of an
+            earlier stage or without any layer to adapt.
     """
     for part in ("encoder", "projector", "llm", "cross_attention", "ctc_head", "llm_embeddings"):
         known = ("freeze", "lora", "full") if part in ("encoder", "projector", "llm") else ("freeze", "full")
         if getattr(tuning, part) not in known:
             raise ValueError(f"tuning.{part} must be one of {known}, got {getattr(tuning, part)!r}.")
+    check_loss_weights(tuning.ce_loss_weight, tuning.ctc_loss_weight, has_ctc_head=model.ctc_head is not None)
     has_ce = tuning.ce_loss_weight > 0
     _tune_encoder(model.audio_tower, tuning)
     _tune_part(model.multi_modal_projector, tuning, tuning.projector, r"(.*\.)?", "projector_lora_targets", has_ce)
