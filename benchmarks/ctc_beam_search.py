@@ -177,11 +177,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="interpreter of the environment with flashlight-text and pyctcdecode")
-    parser.add_argument("--frames", type=int, nargs="+", default=[250, 750])
-    parser.add_argument("--labels", type=int, nargs="+", default=[29, 1000], help="label axis, blank included")
-    parser.add_argument("--beam", type=int, nargs="+", default=[16, 64])
-    parser.add_argument("--utterances", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--runs", type=int, default=3)
+    number = {"type": int, "nargs": "+"}
+    add = parser.add_argument
+    add("--frames", **number, default=[250, 750], metavar="T", help="frames of an utterance (default: 250 750)")
+    add("--labels", **number, default=[29, 1000], metavar="A", help="label axis, blank included (default: 29 1000)")
+    add("--beam", **number, default=[16, 64], metavar="N", help="hypotheses that are kept (default: 16 64)")
+    add("--utterances", **number, default=[1, 8], metavar="B", help="of a batch (default: 1 8)")
+    add("--runs", type=int, default=3, metavar="N", help="of each system, of which the fastest counts (default: 3)")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:

@@ -55,13 +55,19 @@ def measure(system: str, sizes: argparse.Namespace) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=int, default=151_936, help="CTC labels without the blank")
-    parser.add_argument("--frames", type=int, default=750, help="frames of each utterance")
-    parser.add_argument("--utterances", type=int, default=4)
-    parser.add_argument("--width", type=int, default=288, help="of the encoder")
-    parser.add_argument("--targets", type=int, default=60, help="labels of each transcript")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of features and head")
-    parser.add_argument("--system", choices=SYSTEMS, help="measure this one here and print JSON")
+    add = parser.add_argument
+    add("--labels", type=int, default=151_936, metavar="N", help="CTC labels without the blank (default: %(default)s)")
+    add("--frames", type=int, default=750, metavar="N", help="frames of each utterance (default: %(default)s)")
+    add("--utterances", type=int, default=4, metavar="N", help="utterances of the batch (default: %(default)s)")
+    add("--width", type=int, default=288, metavar="N", help="of the encoder (default: %(default)s)")
+    add("--targets", type=int, default=60, metavar="N", help="labels of each transcript (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of features and head (default: %(default)s)",
+    )
+    add("--system", choices=SYSTEMS, help="measure this one here and print JSON (default: a table of all)")
     arguments = parser.parse_args()
     if arguments.system is not None:
         print(json.dumps(measure(arguments.system, arguments)))

@@ -17,6 +17,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 import hf_speechllm
 from hf_speechllm.audio import load_audio
 from hf_speechllm.logits_process import CTCPrefixLogitsProcessor
+from training.command_line import check_at_least_one, errors_in_one_line, loading
 
 SAMPLES = Path(__file__).parent.parent / "samples"
 
@@ -55,16 +56,20 @@ def measure(model: torch.nn.Module, inputs: dict[str, torch.Tensor], options: di
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="the default model if left out")
-    parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    add = parser.add_argument
+    add("--model", help="folder or Hub id of a speech LLM (default: the model of this package)")
+    add("--num-beams", type=int, default=4, metavar="N", help="width of both searches (default: %(default)s)")
+    add("--new-tokens", type=int, default=16, metavar="N", help="tokens that are written (default: %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="runs, whose median counts (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
     arguments = parser.parse_args()
+    with errors_in_one_line("joint_decoding"):
+        check_at_least_one(arguments, "num_beams", "new_tokens", "repeats", "threads")
+        with loading("--model", arguments.model):
+            folder = arguments.model or hf_speechllm.default_model()
+            model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
+            processor = AutoProcessor.from_pretrained(folder)
     torch.set_num_threads(arguments.threads)
-    folder = arguments.model or hf_speechllm.default_model()
-    model = AutoModelForSpeechSeq2Seq.from_pretrained(folder).eval()
-    processor = AutoProcessor.from_pretrained(folder)
     steps = arguments.new_tokens
     options = {
         "num_beams": arguments.num_beams,

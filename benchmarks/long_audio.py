@@ -29,6 +29,7 @@ from benchmarks.systems import SYSTEMS, Settings, command, run_module
 from hf_speechllm.audio import SAMPLING_RATE
 from hf_speechllm.metrics import normalize_english, word_errors
 from hf_speechllm.transcription import FailedRecording, Recognizer, Recording, transcribe
+from training.command_line import errors_in_one_line
 from training.decoding_run import manifest_path, peak_memory_mib
 from training.evaluation_data import UsageError, Utterance, read_json_lines, read_manifest
 from training.recognisers import load_pipeline, mode_options
@@ -74,15 +75,12 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    try:
+    arguments = build_parser().parse_args(argv)
+    with errors_in_one_line("long_audio"):
         if arguments.transcribe is not None:
             print(json.dumps(asdict(transcribe_file(arguments.transcribe, arguments))))
             return
         measure(arguments)
-    except UsageError as error:
-        parser.exit(2, f"long_audio: error: {error}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pause-s", type=float, default=1.0, help="seconds of silence between prompts (default: 1)")
     add("--mode", choices=MODES, default="joint", help="how to decode (default: joint); ctc_greedy is the fastest")
     add("--piece-s", type=float, help="longest piece in seconds (default: what the model says)")
-    add("--model", help="measured in place of the default model")
+    add("--model", help="folder, Hub id or base:NAME (default: the model of this package)")
     add("--output", type=Path, default=Path("build/long_audio"), help="folder of texts (default: build/long_audio)")
     add("--transcribe", type=Path, metavar="FILE", help="transcribe this file here and print JSON")
     return parser
@@ -195,7 +193,7 @@ def transcribe_file(path: Path, arguments: argparse.Namespace) -> Transcribed:
         generate_kwargs=mode_options(pipe, system.mode, dict(system.options)),
     )
     start_s = time.process_time()
-    with tqdm(total=round(sf.info(path).duration), unit="s of audio", desc=path.stem) as bar:
+    with tqdm(total=round(sf.info(path).duration), unit="s of audio", desc=path.stem, disable=None) as bar:
         (result,) = transcribe(recognizer, [Recording(path.name, path)], lambda seconds: bar.update(round(seconds)))
     if isinstance(result, FailedRecording):
         raise UsageError(result.message)

@@ -29,6 +29,7 @@ from benchmarks.systems import SYSTEMS, Settings, choose, decode
 from hf_speechllm.audio import SAMPLING_RATE
 from hf_speechllm.ctc_alignment import AlignedWord, align, word_times
 from hf_speechllm.processing_speechllm import IGNORE_INDEX
+from training.command_line import errors_in_one_line
 from training.evaluation_data import UsageError, Utterance, read_manifest
 from training.html_report import SystemReport
 from training.recognisers import is_speech_llm, load_pipeline
@@ -62,12 +63,9 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    try:
+    arguments = build_parser().parse_args(argv)
+    with errors_in_one_line("no_speech"):
         rows = measure(arguments)
-    except UsageError as error:
-        parser.exit(2, f"no_speech: error: {error}\n")
     path = arguments.output / "no_speech.jsonl"
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
     print(table(rows))
@@ -78,13 +76,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="JSONL manifest of the prompts to cut")
-    add("--system", action="append", choices=SYSTEMS, help="repeatable (default: llm and joint)")
+    add(
+        "--system",
+        action="append",
+        choices=SYSTEMS,
+        metavar="SYSTEM",
+        help=f"{', '.join(SYSTEMS)}; repeatable (default: llm and joint)",
+    )
     add("--prompts", type=int, default=40, help="how many are cut, each three times (default: 40)")
     add("--clips", type=int, default=8, help="of each kind without speech (default: 8)")
-    add("--seed", type=int, default=0)
-    add("--model", help="measured in place of the default model")
+    add("--seed", type=int, default=0, help="of the sounds without speech (default: 0)")
+    add("--model", help="folder, Hub id or base:NAME (default: the model of this package)")
     add("--batch-size", type=int, default=8, help="clips of similar length per batch (default: 8)")
-    add("--output", type=Path, default=Path("build/no_speech"), help="folder of clips and texts")
+    add("--output", type=Path, default=Path("build/no_speech"), help="folder of clips and texts (default: %(default)s)")
     return parser
 
 
@@ -104,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         if utterance.entry["duration"] <= MAX_PROMPT_S and len(utterance.entry["text"].split()) >= MIN_WORDS
     ]
     entries = write_clips(arguments.output, arguments.clips, arguments.seed)
-    for utterance in tqdm(prompts[: arguments.prompts], desc="alignments", unit="utt"):
+    for utterance in tqdm(prompts[: arguments.prompts], desc="alignments", unit="utt", disable=None):
         entries += cut_entries(utterance, find_words(pipe, utterance))
     manifest = arguments.output / MANIFEST
     manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -331,9 +331,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peers", type=Path, help="folder of pip install --target with espnet and speechbrain")
     parser.add_argument("--quick", action="store_true", help="only one utterance of 250 frames, 1k and 10k labels")
-    parser.add_argument("--utterances", type=int, nargs="+", default=[1, 8], metavar="B")
-    parser.add_argument("--frames", type=int, nargs="+", default=[250, 750], metavar="T")
-    parser.add_argument("--labels", type=int, nargs="+", default=[1_000, 10_000, 151_000], metavar="V")
+    number = {"type": int, "nargs": "+"}
+    sizes = [1_000, 10_000, 151_000]
+    parser.add_argument("--utterances", **number, default=[1, 8], metavar="B", help="of a batch (default: 1 8)")
+    parser.add_argument("--frames", **number, default=[250, 750], metavar="T", help="of each (default: 250 750)")
+    parser.add_argument(
+        "--labels", **number, default=sizes, metavar="V", help="CTC labels (default: 1000 10000 151000)"
+    )
     parser.add_argument("--max-seconds", type=float, default=20.0, help="per run of one system (default: %(default)s)")
     parser.add_argument("--max-gib", type=float, default=6.0, help="memory per system (default: %(default)s)")
     args = parser.parse_args()

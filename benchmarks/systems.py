@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_speechllm.metrics import PairedDifference, paired_bootstrap
+from training.command_line import errors_in_one_line
 from training.decoding_run import Cost, manifest_path, run_path
 from training.evaluate_asr import score
 from training.evaluation_data import UsageError, read_json_lines
@@ -106,16 +107,13 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    try:
+    arguments = build_parser().parse_args(argv)
+    with errors_in_one_line("systems"):
         systems = choose(arguments.system or list(SYSTEMS), arguments.generate)
         settings = Settings(
             arguments.data, arguments.output, arguments.model, arguments.limit, arguments.batch_size, arguments.jobs
         )
         results = compare(systems, decode(systems, settings))
-    except UsageError as error:
-        parser.exit(2, f"systems: error: {error}\n")
     write_results(results, settings)
     print(table(results, settings))
 
@@ -126,7 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", metavar="DATA", type=Path, help="JSONL manifest with audio_filepath and text")
     add("--output", type=Path, default=Path("build/systems"), help="folder of the hypotheses (default: build/systems)")
-    add("--system", action="append", choices=SYSTEMS, help="repeatable; the others are compared with the first one")
+    add(
+        "--system",
+        action="append",
+        choices=SYSTEMS,
+        metavar="SYSTEM",
+        help=f"{', '.join(SYSTEMS)}; repeatable, the others are compared with the first one (default: all)",
+    )
     add(
         "--generate",
         action="append",
@@ -134,8 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SYSTEM=JSON",
         help="further options of generate for a system, repeatable: 'rescoring={\"lm_weight\": 0.4}'",
     )
-    add("--model", help="measured in place of the default model")
-    add("--limit", type=int, help="use only the first utterances")
+    add("--model", help="of the modes: folder, Hub id or base:NAME (default: the model of this package)")
+    add("--limit", type=int, metavar="N", help="use only the first utterances (default: all)")
     add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
     add("--jobs", type=int, default=1, help="systems that decode at the same time, which costs speed (default: 1)")
     return parser

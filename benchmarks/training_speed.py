@@ -198,10 +198,23 @@ def padded_usual_loss(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifests", nargs="+", required=True, help="of speech with texts, names or patterns")
-    parser.add_argument("--steps", type=int, default=4, help="training steps, the first of which is not counted")
-    parser.add_argument("--row", action="append", choices=ROWS, help="measure only this one (repeatable)")
-    parser.add_argument("--json", action="store_true", help="measure the one --row here and print JSON")
+    add = parser.add_argument
+    add("--manifests", nargs="+", required=True, metavar="JSONL", help="of speech with texts, names or patterns")
+    add(
+        "--steps",
+        type=int,
+        default=4,
+        metavar="N",
+        help="training steps, the first of which is not counted (default: %(default)s)",
+    )
+    add(
+        "--row",
+        action="append",
+        choices=ROWS,
+        metavar="ROW",
+        help=f"measure only this one, repeatable: {', '.join(ROWS)} (default: all)",
+    )
+    add("--json", action="store_true", help="measure the one --row here and print JSON")
     arguments = parser.parse_args()
     if arguments.steps < 2:
         parser.error("--steps: expected at least 2, since the first is not counted")

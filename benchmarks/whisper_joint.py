@@ -33,6 +33,7 @@ from hf_speechllm.hypothesis import Hypothesis
 from hf_speechllm.metrics import normalize_english, paired_bootstrap, word_errors
 from hf_speechllm.rescoring import rescore_nbest
 from hf_speechllm.scale_tuning import tune_scales
+from training.command_line import check_at_least_one, check_folder, check_model_name, errors_in_one_line
 from training.evaluate_asr import weights_stamp
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest
 from training.leaderboard import leaderboard_normalizer
@@ -72,7 +73,10 @@ class Decoder:
         path = self._file(f"{name}-ctc{ctc_weight:g}", [models, search, [each.entry for each in utterances]])
         done = {row["index"] for row in _rows(path)}
         missing = [utterance for utterance in utterances if utterance.index not in done]
-        with path.open("a") as file, tqdm(desc=f"{name}, CTC {ctc_weight:g}", unit="utt", total=len(utterances)) as bar:
+        with (
+            path.open("a") as file,
+            tqdm(desc=f"{name}, CTC {ctc_weight:g}", unit="utt", total=len(utterances), disable=None) as bar,
+        ):
             bar.update(len(done))
             for batch in batches(iter(missing), arguments.batch_size, None):
                 waveforms = [utterance.waveform(self.pipe.feature_extractor.sampling_rate) for utterance in batch]
@@ -97,7 +101,7 @@ class Decoder:
         known = {row["text"]: row for row in _rows(path)}
         texts = [text for text in dict.fromkeys(row.text for rows in lists.nbests for row in rows) if text not in known]
         with path.open("a") as file:
-            for text in tqdm(texts, desc="language model", unit="text"):
+            for text in tqdm(texts, desc="language model", unit="text", disable=None):
                 ((row,),) = rescore_nbest([[Hypothesis((), text, 0.0)]], self.pipe.lm, lm_weight=0.0)
                 known[text] = {"text": text, "lm_log_prob": row.lm_log_prob, "num_tokens": row.num_tokens}
                 file.write(json.dumps(known[text]) + "\n")
@@ -180,40 +184,73 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("test", metavar="TEST.jsonl", type=Path)
-    add("--dev", metavar="DEV.jsonl", type=Path, nargs="+", required=True, help="never the test data")
+    add("test", metavar="TEST.jsonl", type=Path, help="test data")
+    add("--dev", metavar="DEV.jsonl", type=Path, nargs="+", required=True, help="to tune on, never the test data")
     add("--output", type=Path, required=True, help="folder of the N-best lists")
-    add("--model", default="base:whisper-tiny.en", help="encoder-decoder: Hub id, folder or base:NAME")
-    add("--ctc-model", help="model with a CTC head; the default model if left out")
-    add("--lm", default="base:smollm2-135m-instruct", help="language model: Hub id, folder or base:NAME")
-    add("--ctc-weight", type=grid, default=CTC_WEIGHTS, metavar="W,W,...", help=f"to try, above 0: {CTC_WEIGHTS}")
+    add(
+        "--model",
+        default="base:whisper-tiny.en",
+        help="encoder-decoder: Hub id, folder or base:NAME (default: %(default)s)",
+    )
+    add("--ctc-model", help="model with a CTC head: Hub id, folder or base:NAME (default: the model of this package)")
+    add(
+        "--lm",
+        default="base:smollm2-135m-instruct",
+        help="language model: Hub id, folder or base:NAME (default: %(default)s)",
+    )
+    add(
+        "--ctc-weight",
+        type=grid,
+        default=CTC_WEIGHTS,
+        metavar="W,W,...",
+        help=f"to try, above 0 (default: {CTC_WEIGHTS})",
+    )
     add("--lm-weight", type=grid, default=LM_WEIGHTS, metavar="W,W,...", help=f"to try (default: {LM_WEIGHTS})")
-    add("--num-beams", type=int, default=4, help="width of the search, and hypotheses of a list (default: 4)")
-    add("--max-new-tokens", type=int, default=96)
-    add("--batch-size", type=int, default=4)
-    add("--limit", type=int, help="use only the first test utterances")
-    add("--dev-utterances", type=int, default=40)
-    add("--dev-seconds", type=float, nargs=2, default=(2.0, 9.0), metavar=("SHORTEST", "LONGEST"))
-    add("--threads", type=int, default=1)
+    add(
+        "--num-beams",
+        type=int,
+        default=4,
+        metavar="N",
+        help="width of the search, and hypotheses of a list (default: 4)",
+    )
+    add("--max-new-tokens", type=int, default=96, metavar="N", help="of a hypothesis (default: %(default)s)")
+    add("--batch-size", type=int, default=4, metavar="N", help="utterances of similar length (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="use only the first test utterances (default: all)")
+    add("--dev-utterances", type=int, default=40, metavar="N", help="to tune on, at most (default: %(default)s)")
+    add(
+        "--dev-seconds",
+        type=float,
+        nargs=2,
+        default=(2.0, 9.0),
+        metavar=("SHORTEST", "LONGEST"),
+        help="durations of those (default: 2 9)",
+    )
+    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args(arguments)
-    if not all(0.0 < weight <= 1.0 for weight in arguments.ctc_weight):
-        parser.error(f"--ctc-weight: expected shares above 0 and up to 1, got {arguments.ctc_weight}")
-    torch.set_num_threads(arguments.threads)
+    arguments = build_parser().parse_args(arguments)
     transformers.logging.set_verbosity_error()
-    try:
-        test, development = read_manifest(arguments.test, arguments.limit), development_data(arguments)
-    except UsageError as error:
-        parser.error(str(error))
+    transformers.logging.disable_progress_bar()
+    with errors_in_one_line("whisper_joint"):
+        measure(arguments)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Decode, tune and print the table; UsageError for what the user has to change."""
+    if not all(0.0 < weight <= 1.0 for weight in arguments.ctc_weight):
+        raise UsageError(f"--ctc-weight: expected shares above 0 and up to 1, got {arguments.ctc_weight}")
+    check_at_least_one(arguments, "num_beams", "max_new_tokens", "batch_size", "limit", "dev_utterances", "threads")
+    check_folder("--output", arguments.output)
+    torch.set_num_threads(arguments.threads)
+    test, development = read_manifest(arguments.test, arguments.limit), development_data(arguments)
     if arguments.ctc_model is None:
-        arguments.ctc_model = (
-            hf_speechllm.default_model()
-        )  # a folder of its weights, also if others are put in its place
+        # A folder of its weights, also if others are put in its place.
+        arguments.ctc_model = hf_speechllm.default_model()
+    for name in ("model", "ctc_model", "lm"):
+        check_model_name(f"--{name.replace('_', '-')}", getattr(arguments, name))
     pipe = pipeline(
         "automatic-speech-recognition",
         model=resolve_model(arguments.model),

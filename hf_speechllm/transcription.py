@@ -19,6 +19,34 @@ from .audio import AudioError, one_line, stream_audio
 from .segmentation import Segment, split_blocks
 
 DEFAULT_MAX_DURATION_S = 30.0
+# How a speech LLM can decode, as command lines name it. All but "joint" are modes of `generate`.
+DECODING_MODES = {
+    "joint": "speech LLM and CTC jointly",
+    "llm": "speech LLM alone",
+    "ctc_greedy": "CTC head alone, greedy",
+    "ctc_beam": "CTC head alone, beam search",
+    "rescoring": "CTC N-best list rescored by the plain LLM",
+    "delayed_fusion": "CTC with the plain LLM, delayed fusion",
+    "label_fusion": "CTC with the plain LLM, label by label",
+}
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Options of `generate` for one of DECODING_MODES.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    if mode not in DECODING_MODES:
+        raise ValueError(f"--mode: expected one of {', '.join(DECODING_MODES)}, got {mode!r}")
+    if mode == "joint":  # with the weight that the model has
+        return {"mode": "llm"}
+    return {"mode": "llm", "ctc_weight": 0.0} if mode == "llm" else {"mode": mode}
+
+
+def describe_modes() -> str:
+    """A line about each of DECODING_MODES, for the help of a command."""
+    return "\n".join(f"  {mode:<16}{description}" for mode, description in DECODING_MODES.items())
 
 
 @dataclass(frozen=True)

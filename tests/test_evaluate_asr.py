@@ -211,7 +211,7 @@ def test_a_missing_share_is_noticed(folder, tmp_path):
     utterances = read_manifest(folder / "data.jsonl")
     recogniser = Recogniser(load_pipeline(str(folder / "model"), "cpu"), {})
     decoding_run.decode(recogniser, batches(iter(utterances), 3, None), tmp_path / "run", {}, Process(0, 2), 10)
-    with pytest.raises(RuntimeError, match="expected each of 10 utterances once in the journals, got 6 lines"):
+    with pytest.raises(UsageError, match="expected each of 10 utterances once in the journals, got 6 lines"):
         decoding_run.merge(tmp_path / "run", {}, 10)
 
 
@@ -308,7 +308,7 @@ def test_every_mode_of_generate_can_be_given(folder):
     assert mode_options(pipe, "joint", {"num_beams": 1}) == {"num_beams": 1, "mode": "llm"}
     with pytest.raises(UsageError, match="--generate: lm_weight: it has no part in mode 'ctc_beam'"):
         mode_options(pipe, "ctc_beam", {"lm_weight": 0.4})
-    with pytest.raises(UsageError, match="--mode: expected one of ctc_.*joint.*llm.*, got 'greedy'"):
+    with pytest.raises(UsageError, match="--mode: expected one of joint, llm, ctc_greedy, .*, got 'greedy'"):
         mode_options(pipe, "greedy", {})
 
 
@@ -407,7 +407,7 @@ MESSAGES = {
         "data.jsonl",
         '{"audio_filepath": "a.wav", "txt": "a"}\n',
     ],
-    "utterance 1: text: expected a string, got 3": ["data.jsonl", '{"audio_filepath": "a.wav", "text": 3}\n'],
+    "data.jsonl:1: text: expected a string, got 3": ["data.jsonl", '{"audio_filepath": "a.wav", "text": 3}\n'],
     "utterance 1: no such audio file: .*b.wav": ["data.jsonl", '{"audio_filepath": "b.wav", "text": ""}\n'],
     "broken.wav: cannot be read": ["data.jsonl", '{"audio_filepath": "broken.wav", "text": ""}\n'],
     "expected at least one utterance, got none": ["data.jsonl", "\n"],
@@ -443,14 +443,14 @@ def test_audio_that_breaks_off(folder, tmp_path):
         (["--compare", "absent.jsonl"], "--compare: absent.jsonl: no such file"),
         (["--generate", "{"], "--generate: expected a JSON object, got '{'"),
         (["--generate", "[]"], r"--generate: expected a JSON object, got '\[\]'"),
-        (["--model", "./absent"], "--model: ./absent cannot be loaded for speech recognition"),
+        (["--model", "./absent"], "--model: no such folder: ./absent"),
         (["--model", "base:absent"], "--model: base:absent cannot be loaded .*expected one of .*whisper-tiny.en"),
         (["--mode", "beam"], "--mode: expected one of"),
         (
             ["--leaderboard-dir", "d", "--mode", "llm", "--mode", "joint"],
             "--leaderboard-dir: takes one --mode, got llm",
         ),
-        (["--leaderboard-repository", "absent"], "--leaderboard-repository: expected a clone"),
+        (["--leaderboard-repository", "absent"], "repository: expected a clone .*, got absent"),
     ],
 )
 def test_wrong_arguments(folder, arguments, message):

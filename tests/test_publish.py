@@ -245,7 +245,9 @@ def test_without_a_valid_token_nothing_is_written(parts, clip, tmp_path, monkeyp
 def test_a_wrong_token_is_one_line_and_an_exit_status(parts, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(publish, "HfApi", lambda token: FakeHub(tmp_path / token, unknown_token()))
     arguments = [parts, "--repo-id", "me/tiny", "--clip", clip, *BASES, *APACHE, "--token", "hf_wrong"]
-    assert publish.main([*map(str, arguments)]) == 2
+    with pytest.raises(SystemExit) as caught:
+        publish.main([*map(str, arguments)])
+    assert caught.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("publish: error: --token: the Hub does not know") and message.count("\n") == 1
 

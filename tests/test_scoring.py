@@ -155,12 +155,12 @@ def test_the_leaderboards_changes_stay_out_of_whispers_normaliser():
 
 def test_a_clone_brings_its_own_normaliser(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "normalizer", raising=False)
-    with pytest.raises(UsageError, match="expected a clone with normalizer/__init__.py in"):
+    with pytest.raises(UsageError, match="repository: expected a clone .* with normalizer/__init__.py, got"):
         leaderboard_normalizer(tmp_path)
     (tmp_path / "normalizer").mkdir()
     module = tmp_path / "normalizer" / "__init__.py"
     module.write_text("import no_such_package")
-    with pytest.raises(UsageError, match="its normaliser cannot be imported .*no_such_package"):
+    with pytest.raises(UsageError, match="the normaliser of .* cannot be imported .*no_such_package"):
         leaderboard_normalizer(tmp_path)
     module.write_text("class EnglishTextNormalizer:\n    def __call__(self, text): return text[::-1]\n")
     assert leaderboard_normalizer(tmp_path)("abc") == "cba"

@@ -23,7 +23,8 @@ from torch import distributed
 from tqdm import tqdm
 from transformers import AutomaticSpeechRecognitionPipeline
 
-from training.evaluation_data import UsageError, Utterance
+from hf_speechllm.audio import one_line
+from training.evaluation_data import UsageError, Utterance, read_json_object
 from training.recognisers import Recogniser
 
 JOURNAL_FORMAT = 2  # 1 did not say what an utterance took
@@ -83,10 +84,14 @@ def run_path(prefix: Path) -> Path:
 
 
 def finished(prefix: Path, description: dict[str, Any]) -> Cost | None:
-    """What the run that `description` describes took, if its manifest is there; otherwise None."""
+    """What the run that `description` describes took, if its manifest is there; otherwise None.
+
+    Raises:
+        UsageError: If the description of the run that is there is damaged.
+    """
     if not (manifest_path(prefix).is_file() and run_path(prefix).is_file()):
         return None
-    run = json.loads(run_path(prefix).read_text())
+    run = read_json_object(run_path(prefix), ("run", "peak_memory_mib", "cpu_s"))
     return Cost(run["peak_memory_mib"], run["cpu_s"]) if run["run"] == description else None
 
 
@@ -117,10 +122,11 @@ def decode(
         prefix: Where journals go.
         description: Of the run, JSON; a journal of another run is refused.
         process: This one.
-        total: Number of utterances for the progress bar of the first process, if known.
+        total: Number of utterances for the progress bar of the first process, if known. There is a bar on terminals
+            only, and none is left when this returns.
 
     Raises:
-        UsageError: If a journal is of another run or damaged.
+        UsageError: If a journal is of another run or damaged, or the model does not take its options.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     done = {row["index"] for path in _parts(prefix) for row in _read_part(path, description)}
@@ -128,7 +134,7 @@ def decode(
     audio_s = time_s = 0.0
     with (
         _open_part(part_path(prefix, process.rank), description) as journal,
-        tqdm(desc=prefix.name, unit="utt", total=total, leave=False, disable=process.rank > 0) as bar,
+        tqdm(desc=prefix.name, unit="utt", total=total, leave=False, disable=True if process.rank > 0 else None) as bar,
     ):
         for number, batch in enumerate(batches):
             if number % process.count != process.rank:
@@ -142,7 +148,7 @@ def decode(
             if not batch:
                 continue
             if not is_warm:  # kernels are chosen, caches filled: outside the measured time
-                recogniser.transcribe(waveforms[-1:], longest_s)
+                _warm_up(recogniser, waveforms[-1], longest_s)
                 is_warm = True
             start, cpu_start = time.perf_counter(), time.process_time()
             texts = recogniser.transcribe(waveforms, longest_s)
@@ -161,6 +167,15 @@ def decode(
             time_s += batch_s
             bar.update(len(rows))
             bar.set_postfix(RTFx=f"{audio_s / time_s:.1f}")
+
+
+def _warm_up(recogniser: Recogniser, waveform: np.ndarray, longest_s: float) -> None:
+    try:
+        recogniser.transcribe([waveform], longest_s)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"the model does not work with the options {recogniser.options} ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def _read_audio(
@@ -198,12 +213,12 @@ def merge(prefix: Path, description: dict[str, Any], total: int | None) -> tuple
         total: Number of utterances, if known; otherwise the largest index tells.
 
     Raises:
-        RuntimeError: If an utterance is missing or was recognised twice.
+        UsageError: If an utterance is missing or was recognised twice.
     """
     journal = [line for path in _parts(prefix) for line in _read_part(path, description)]
     journal.sort(key=lambda line: line["index"])
     if [line["index"] for line in journal] != list(range(len(journal) if total is None else total)):
-        raise RuntimeError(
+        raise UsageError(
             f"{prefix}: expected each of {total or 'all'} utterances once in the journals, got {len(journal)} lines; "
             "is another run writing there? Give --overwrite to decode again"
         )

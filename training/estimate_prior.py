@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoProcessor
+from transformers.utils import logging
 
 from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME, load_trained_parts
 from hf_speechllm.audio_encoders import lens_to_mask
 from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
+from training.command_line import check_at_least_one, errors_in_one_line, loading
 from training.data import RowLoader, SpeechDataset
-from training.data_sources import Row, read_manifests
+from training.data_sources import Row
+from training.evaluation_data import UsageError, read_json_lines
 from training.row_reader import RowReader
+from training.trained_parts import check_trained_parts
 
 SOURCES = ("posterior", "transcripts")
 UNIFORM_SHARE = 0.1  # of the transcripts' prior, so that unseen labels are not impossible
@@ -31,10 +35,39 @@ PRIOR_NAME = "ctc_head.log_prior"
 
 
 def load(folder: str) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
-    """Model and processor of a checkpoint or a folder of trained parts."""
-    if (Path(folder) / RECIPE_NAME).is_file():
-        return load_trained_parts(folder)
-    return SpeechLLMForConditionalGeneration.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    """Model and processor of a checkpoint or a folder of trained parts.
+
+    Raises:
+        UsageError: There is none, or it has no CTC head.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"MODEL: no such folder: {folder}; the prior is written into one")
+    with loading("MODEL", folder):
+        if (Path(folder) / RECIPE_NAME).is_file():
+            check_trained_parts(Path(folder))
+            model, processor = load_trained_parts(folder)
+        else:
+            model = SpeechLLMForConditionalGeneration.from_pretrained(folder).eval()
+            processor = AutoProcessor.from_pretrained(folder)
+    if model.ctc_head is None:
+        raise UsageError(f"MODEL: expected a model with a CTC head, that of {folder} has none")
+    return model, processor
+
+
+def read_rows(manifests: list[Path], limit: int | None = None) -> list[Row]:
+    """The first rows of manifests; audio is relative to its manifest.
+
+    Raises:
+        UsageError: A manifest is missing or malformed, or there is no row.
+    """
+    rows = []
+    for path in manifests:
+        for number, entry in enumerate(read_json_lines(path, ("audio_filepath", "text", "duration")), 1):
+            audio = path.parent / entry["audio_filepath"]
+            rows.append(Row(str(path), number, audio, entry["text"], entry["duration"], entry.get("offset", 0.0)))
+    if not rows:
+        raise UsageError(f"{', '.join(map(str, manifests))}: expected at least one utterance, got none")
+    return rows[:limit]
 
 
 @torch.no_grad()
@@ -45,7 +78,7 @@ def posterior_prior(model: SpeechLLMForConditionalGeneration, batches: DataLoade
     """
     blank_id = model.config.blank_id
     total = torch.zeros(blank_id + 1, dtype=torch.float64)
-    for batch in tqdm(batches, desc="posteriors", unit="batch"):
+    for batch in tqdm(batches, desc="posteriors", unit="batch", leave=False, disable=None):
         audio = model.encode(batch["input_features"], batch["input_features_mask"])
         probs = audio.ctc_log_probs.double().exp()  # B, T, U+1
         is_valid = lens_to_mask(audio.encoder_out_lens, probs.shape[1])
@@ -59,7 +92,7 @@ def transcript_prior(
     """Log of the labels' relative frequencies in transcripts, with a uniform share of 0.1: `[U+1]`, 0 for the blank."""
     blank_id = model.config.blank_id
     counts = torch.zeros(blank_id + 1, dtype=torch.float64)
-    for text in tqdm(texts, desc="transcripts", unit="text"):
+    for text in tqdm(texts, desc="transcripts", unit="text", leave=False, disable=None):
         targets = model.ctc_targets(processor(text=text)["labels"])
         counts += torch.bincount(targets[targets != IGNORE_INDEX], minlength=blank_id + 1)
     counts[:blank_id] = (1.0 - UNIFORM_SHARE) * counts[:blank_id] / counts[:blank_id].sum() + UNIFORM_SHARE / blank_id
@@ -106,16 +139,30 @@ def estimate(folder: str, rows: list[Row], source: str = "posterior", batch_size
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder; the prior is written into it")
-    parser.add_argument("manifests", type=Path, nargs="+", metavar="MANIFEST.jsonl")
+    parser.add_argument("model", metavar="MODEL", help="folder; the prior is written into it")
     parser.add_argument(
-        "--source", choices=SOURCES, default="posterior", help="mean CTC posterior, or label frequencies in the texts"
+        "manifests",
+        type=Path,
+        nargs="+",
+        metavar="MANIFEST.jsonl",
+        help="training data with audio_filepath (relative to it), text and duration; never a test set",
     )
-    parser.add_argument("--limit", type=int, help="use only the first utterances")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        default="posterior",
+        help="mean CTC posterior, or label frequencies in the texts (default: %(default)s)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first utterances (default: all)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="utterances per forward pass (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    rows = [row for path in arguments.manifests for row in read_manifests([path.name], path.parent)][: arguments.limit]
-    perplexity = estimate(arguments.model, rows, arguments.source, arguments.batch_size)
+    logging.disable_progress_bar()
+    with errors_in_one_line("estimate_prior"):
+        check_at_least_one(arguments, "limit", "batch_size")
+        rows = read_rows(arguments.manifests, arguments.limit)
+        perplexity = estimate(arguments.model, rows, arguments.source, arguments.batch_size)
     print(f"{arguments.model}: prior of its labels, perplexity {perplexity:.1f}")
 
 

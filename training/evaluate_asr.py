@@ -9,7 +9,8 @@ for silence and noise), the name of a set of the Open ASR Leaderboard (see below
 other data set of the Hub or a local folder (PATH::SPLIT without a configuration); these are streamed.
 
 MODEL is a Hub id, a folder, a folder of trained parts (a checkpoint of training/train.py), `base:NAME` (for example
-base:whisper-tiny.en, base:moonshine-tiny), or nothing for the default model. Models of others are decoded greedily.
+base:whisper-tiny.en, base:moonshine-tiny), or nothing for the default model. Models of others have no modes, and are
+decoded greedily.
 
 With --output or --leaderboard-dir a run that was interrupted goes on where it stopped when the command is given again,
 and a finished one is not repeated. Several modes, and the systems of --compare, are compared with the first mode on the
@@ -35,6 +36,15 @@ import transformers
 import hf_speechllm
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.metrics import Normalizer, paired_bootstrap
+from hf_speechllm.transcription import DECODING_MODES, describe_modes
+from training.command_line import (
+    add_device,
+    check_at_least_one,
+    check_folder,
+    errors_in_one_line,
+    json_object,
+    make_parent,
+)
 from training.decoding_run import (
     JOURNAL_FORMAT,
     Cost,
@@ -53,7 +63,24 @@ from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, ma
 from training.recognisers import DEFAULT_MODE, Recogniser, is_speech_llm, load_pipeline, mode_options
 from training.scoring import counts, score_system
 
+_EPILOG = f"""\
+modes of speech LLMs:
+{describe_modes()}
+
+columns, in percent of the reference words where nothing else is said:
+  WER             substitutions, deletions and insertions, after Whisper's English text normaliser
+  95 % interval   of the WER, by bootstrap over utterances
+  lb WER          by the rules of the Open ASR Leaderboard
+  CER             as WER, of characters
+  sub, del, ins   the errors of the WER by kind: words replaced, left out, added
+  halluc          utterances with invented words: three in a row that nobody said, a loop, any where nothing was said
+  MiB             peak memory of the process, on a GPU that of its tensors
+  RTFx            seconds of audio per second on the clock, without loading and warm-up
+
+sets of the leaderboard:
+  {", ".join(DATASETS)}"""
 STREAM_WINDOW_BATCHES = 64  # of a streamed data set, sorted by length together
+SCORED_FIELDS = ("text", "pred_text", "duration", "time")
 
 COLUMNS = (
     f"{'mode':<12} {'WER':>6}  {'95 % interval':>14} {'lb WER':>6} {'CER':>6} {'sub':>6} {'del':>6} {'ins':>6} "
@@ -77,14 +104,11 @@ class Data:
 
 def main() -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     transformers.logging.set_verbosity_error()  # Whisper and Moonshine would be commented on in every batch
     transformers.logging.disable_progress_bar()
-    try:
+    with errors_in_one_line("evaluate_asr"):
         failed = evaluate(arguments)
-    except UsageError as error:
-        parser.exit(2, f"evaluate_asr: error: {error}\n")
     if failed:
         sys.exit(1)
 
@@ -93,35 +117,55 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog=f"sets of the leaderboard: {', '.join(DATASETS)}",
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("data", metavar="DATA", help="JSONL manifest, set of the leaderboard, or PATH:CONFIGURATION:SPLIT")
-    add("--model", help="the default model if left out")
-    add("--mode", action="append", help="of a speech LLM, repeatable: joint (default), llm, or any mode of generate")
-    add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--limit", type=int, help="use only the first utterances")
-    add("--generate", default="{}", help="further options of generate, as JSON")
+    add("--model", help="see above (default: the model of this package)")
+    add(
+        "--mode",
+        action="append",
+        metavar="MODE",
+        help=f"how a speech LLM decodes, repeatable: {', '.join(DECODING_MODES)} (default: joint; see below)",
+    )
+    add("--batch-size", type=int, default=8, metavar="N", help="utterances of similar length per batch (default: 8)")
+    add_device(parser)
+    add("--limit", type=int, metavar="N", help="use only the first utterances (default: all)")
+    add(
+        "--generate",
+        default="{}",
+        metavar="JSON",
+        help="further options of generate, such as '{\"num_beams\": 4}' (default: {})",
+    )
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--output", type=Path, help="write hypotheses as JSONL, one file per mode: OUTPUT.MODE.jsonl")
-    place.add_argument("--leaderboard-dir", type=Path, help="write them there under the leaderboard's file name")
+    place.add_argument(
+        "--output", type=Path, help="write hypotheses as JSONL, one file per mode: OUTPUT.MODE.jsonl (default: nowhere)"
+    )
+    place.add_argument(
+        "--leaderboard-dir", type=Path, metavar="FOLDER", help="write them there under the leaderboard's file name"
+    )
     add("--overwrite", action="store_true", help="forget what an earlier run wrote there, and decode again")
-    add("--results", type=Path, help="append the figures as JSONL, for training/model_card.py")
-    add("--name", help="of the data set in --results; by default that of the manifest")
+    add("--results", type=Path, metavar="JSONL", help="append the figures to this file, for training.model_card")
+    add("--name", help="of the data set in --results (default: that of the manifest)")
     add("--system", help="name of the model in --leaderboard-dir, --results and --report (default: that of --model)")
     add(
         "--compare",
         type=Path,
         action="append",
         default=[],
+        metavar="JSONL",
         help="manifest with pred_text of another system, repeatable",
     )
-    add("--report", type=Path, help="write an HTML page about the errors")
-    add("--report-utterances", type=int, default=200, help="utterances on that page, worst first (default: 200)")
+    add("--report", type=Path, metavar="HTML", help="write a page about the errors")
+    add("--report-utterances", type=int, default=200, metavar="N", help="on that page, worst first (default: 200)")
     add("--embed-audio", action="store_true", help="put the audio into the page instead of referring to the files")
-    add("--leaderboard-repository", type=Path, help="clone of the leaderboard's code, to use its own text normaliser")
+    add(
+        "--leaderboard-repository",
+        type=Path,
+        metavar="CLONE",
+        help="of the leaderboard's code, to use its own text normaliser (default: the rules known here)",
+    )
     return parser
 
 
@@ -132,7 +176,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         The number of recordings that could not be read; in the first process.
     """
     check(arguments)
-    extra = parse_options(arguments.generate)
+    extra = json_object("--generate", arguments.generate)
     process = start_process()
     normalize = leaderboard_normalizer(arguments.leaderboard_repository)
     data = open_data(arguments, normalize)
@@ -172,25 +216,20 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that are out of range and files that are missing, before anything is loaded."""
-    for name in ("batch_size", "limit", "report_utterances"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    """Refuse before anything is loaded what is out of range, cannot be read or cannot be written."""
+    check_at_least_one(arguments, "batch_size", "limit", "report_utterances")
     for path in arguments.compare:
-        if not path.is_file():
-            raise UsageError(f"--compare: {path}: no such file")
-
-
-def parse_options(text: str) -> dict[str, Any]:
-    """The JSON object of --generate."""
-    try:
-        options = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--generate: expected a JSON object, got {text!r} ({error})") from None
-    if not isinstance(options, dict):
-        raise UsageError(f"--generate: expected a JSON object, got {text!r}")
-    return options
+        try:
+            list(read_json_lines(path, SCORED_FIELDS))
+        except UsageError as error:
+            raise UsageError(f"--compare: {error}") from None
+    for name in ("results", "report"):
+        if getattr(arguments, name) is not None:
+            make_parent(f"--{name}", getattr(arguments, name))
+    if arguments.output is not None:
+        check_folder("--output", arguments.output.parent)
+    if arguments.leaderboard_dir is not None:
+        check_folder("--leaderboard-dir", arguments.leaderboard_dir)
 
 
 def open_data(arguments: argparse.Namespace, normalize: Normalizer) -> Data:
@@ -198,8 +237,9 @@ def open_data(arguments: argparse.Namespace, normalize: Normalizer) -> Data:
     name, path = arguments.data, Path(arguments.data)
     if name not in DATASETS and (path.suffix in (".jsonl", ".json") or path.exists() or name.count(":") != 2):
         if not path.is_file():
+            is_what = "a folder" if path.is_dir() else "no such file"
             raise UsageError(
-                f"{name}: no such file; expected a JSONL manifest, PATH:CONFIGURATION:SPLIT or one of "
+                f"{name}: {is_what}; expected a JSONL manifest, PATH:CONFIGURATION:SPLIT or one of "
                 f"{', '.join(DATASETS)}"
             )
         failed: list[str] = []
@@ -250,7 +290,7 @@ def recognise(
     cost = finished(prefix, description)
     total = None if data.utterances is None else len(data.utterances)
     if cost is not None:
-        rows = list(read_json_lines(manifest_path(prefix), ("text", "pred_text", "duration", "time")))
+        rows = list(read_json_lines(manifest_path(prefix), SCORED_FIELDS))
         if process.rank == 0:
             print(f"{manifest_path(prefix)}: of this very run, not decoded again (--overwrite does)", file=sys.stderr)
         return rows, cost
@@ -300,7 +340,7 @@ def score(name: str, rows: list[dict[str, Any]], normalize: Normalizer, cost: Co
 
 def score_other(path: Path, rows: list[dict[str, Any]], normalize: Normalizer) -> SystemReport:
     """Figures of a manifest of --compare, which must have the same references in the same order."""
-    others = list(read_json_lines(path, ("text", "pred_text", "duration", "time")))
+    others = list(read_json_lines(path, SCORED_FIELDS))
     if [row["text"] for row in others] != [row["text"] for row in rows]:
         raise UsageError(
             f"--compare: {path}: expected the same {len(rows)} references in the same order, got {len(others)} "
@@ -365,7 +405,6 @@ def write_report(
         read = {(row["audio_filepath"], row.get("offset")) for row in rows}
         entries = ((utterance, utterance.entry) for utterance in data.utterances)
         utterances = [each for each, entry in entries if (entry["audio_filepath"], entry.get("offset")) in read]
-    arguments.report.parent.mkdir(parents=True, exist_ok=True)
     page = html_report(
         f"Speech recognition of {data.name}",
         utterances,

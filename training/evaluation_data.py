@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,6 +16,10 @@ from hf_speechllm.audio import SAMPLING_RATE, AudioError, load_audio, prepare_wa
 
 # Columns that hold the reference, in the order of the leaderboard's own script.
 TEXT_COLUMNS = ("text", "sentence", "normalized_text", "transcript", "transcription")
+
+# What fields of manifests and results hold, wherever they are read.
+TEXT_FIELDS = ("audio_filepath", "text", "pred_text")
+NUMBER_FIELDS = ("duration", "offset", "time")
 
 
 class UsageError(ValueError):
@@ -52,26 +57,59 @@ def read_json_lines(path: Path, required: Sequence[str]) -> Iterator[dict[str, A
     """Objects of a JSONL file, empty lines left out.
 
     Raises:
-        UsageError: the file is missing, or a line is no JSON object or lacks a required field.
+        UsageError: the file is missing or no UTF-8, or a line is no JSON object, lacks a required field, or has a text
+            or a number of TEXT_FIELDS and NUMBER_FIELDS that is none.
     """
+    _check_file(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _parse_object(line, f"{path}:{number}", required)
+
+
+def read_json_object(path: Path, required: Sequence[str] = ()) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        UsageError: As of [`read_json_lines`].
+    """
+    _check_file(path)
+    return _parse_object(path.read_bytes(), str(path), required)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path}: expected a file, got a folder")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(
-                    f"{path}:{number}: expected a JSON object, got {line.strip()[:60]!r} ({error})"
-                ) from None
-            if not isinstance(entry, dict):
-                raise UsageError(f"{path}:{number}: expected a JSON object, got {line.strip()[:60]!r}")
-            for name in required:
-                if name not in entry:
-                    raise UsageError(f"{path}:{number}: field {name!r} is missing; there are {sorted(entry)}")
-            yield entry
+
+
+def _parse_object(content: bytes, where: str, required: Sequence[str]) -> dict[str, Any]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where}: expected UTF-8 ({error})") from None
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: expected a JSON object, got {text.strip()[:60]!r} ({error})") from None
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where}: expected a JSON object, got {text.strip()[:60]!r}")
+    for name in required:
+        if name not in entry:
+            raise UsageError(f"{where}: field {name!r} is missing; there are {sorted(entry)}")
+    for name in TEXT_FIELDS:
+        if name in entry and not isinstance(entry[name], str):
+            raise UsageError(f"{where}: {name}: expected a string, got {entry[name]!r}")
+    for name in NUMBER_FIELDS:
+        if name in entry and not is_number(entry[name]):
+            raise UsageError(f"{where}: {name}: expected a number, got {entry[name]!r}")
+    return entry
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_manifest(
@@ -87,14 +125,11 @@ def read_manifest(
             unreadable, and the utterance is left out; None: such a file raises.
 
     Raises:
-        UsageError: as [`read_json_lines`]; no utterance that can be read; a `text` that is no string; an audio file as
-            above.
+        UsageError: as [`read_json_lines`]; no utterance that can be read; an audio file as above.
     """
     utterances: list[Utterance] = []
     failure = None
     for index, entry in enumerate(islice(read_json_lines(path, ("audio_filepath", "text")), limit)):
-        if not isinstance(entry["text"], str):
-            raise UsageError(f"{path}: utterance {index + 1}: text: expected a string, got {entry['text']!r}")
         audio = path.parent / entry["audio_filepath"]
         try:
             if audio.is_dir():

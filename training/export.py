@@ -12,19 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
+from training.command_line import check_folder, decoding_options, errors_in_one_line
+from training.evaluation_data import UsageError, read_json_object
+from training.trained_parts import read_recipe, read_trained_weights
 
 
 def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
     """Write `folder`; returns the size of the weights in MB.
 
     Raises:
+        UsageError: If a file of the run is not there or is no such file, or `folder` is the run itself.
         ValueError: If a weight does not fit into float16.
     """
-    state = load_file(run / TRAINED_WEIGHTS_NAME)
+    read_recipe(run, ())
+    if folder.resolve() == run.resolve():
+        raise UsageError(f"{folder}: expected another folder than that of the run, whose weights it would replace")
+    state = read_trained_weights(run)
+    model_config = read_json_object(run / CONFIG_NAME, ("audio_config", "text_config"))
+    read_json_object(run / GENERATION_CONFIG_NAME)
+    config = GenerationConfig.from_pretrained(run)
     for name, value in state.items():
         if value.is_floating_point() and not value.half().isfinite().all():
             raise ValueError(f"{run}: weight {name!r} has values beyond float16 (largest {value.abs().max():.3g}).")
@@ -33,11 +44,9 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
     save_file(shared, folder / TRAINED_WEIGHTS_NAME)
     (folder / TRAINED_WEIGHTS_NAME).chmod(0o644)  # safetensors writes for the owner alone
     shutil.copyfile(run / RECIPE_NAME, folder / RECIPE_NAME)
-    model_config = json.loads((run / "config.json").read_text())
     for part in ("audio_config", "text_config"):
         model_config[part].pop("_name_or_path", None)  # a folder of the machine that trained it
-    (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
-    config = GenerationConfig.from_pretrained(run)
+    (folder / CONFIG_NAME).write_text(json.dumps(model_config, indent=2) + "\n")
     config.update(**generation, allow_custom_entries=True)
     config.save_pretrained(folder)
     return (folder / TRAINED_WEIGHTS_NAME).stat().st_size / 1e6
@@ -46,11 +55,18 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder `final` of the last stage")
-    parser.add_argument("folder", type=Path, help="folder of trained parts to write")
-    parser.add_argument("--generate", default="{}", help="decoding options for generation_config, as JSON")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder `final` of the last stage")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of trained parts to write")
+    parser.add_argument(
+        "--generate",
+        metavar="JSON",
+        default="{}",
+        help="decoding options to store, over those of the run (default: {})",
+    )
     arguments = parser.parse_args()
-    size_mb = export(arguments.run, arguments.folder, json.loads(arguments.generate))
+    with errors_in_one_line("export"):
+        check_folder("FOLDER", arguments.folder)
+        size_mb = export(arguments.run, arguments.folder, decoding_options("--generate", arguments.generate))
     print(f"{arguments.folder}: {size_mb:.1f} MB of weights, {torch.float16}")
 
 

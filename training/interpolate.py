@@ -16,9 +16,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
+from training.command_line import check_folder, errors_in_one_line
+from training.evaluation_data import UsageError
+from training.trained_parts import read_recipe, read_trained_weights
 
 _LAYER = re.compile(r"^audio_tower\..*?layers\.(\d+)\.")
 
@@ -29,8 +32,8 @@ def interpolate(
     """The weights between `start` and `end`; see the head of this file.
 
     Raises:
-        ValueError: If a share is not between 0 and 1, there is no share for a layer, or a weight with a share of
-            neither 0 nor 1 is not in `start`.
+        ValueError: If a share is not between 0 and 1, there is no share for a layer, a weight with a share of neither 0
+            nor 1 is not in `start`, or has another shape there.
     """
     if not all(0.0 <= share <= 1.0 for share in shares):
         raise ValueError(f"shares: expected numbers from 0 (start) to 1 (end), got {shares}.")
@@ -45,6 +48,11 @@ def interpolate(
             raise ValueError(f"shares: expected one for layer {index} and one for norm and head, got {len(shares)}.")
         share = shares[index]
         if name in start:
+            if start[name].shape != value.shape:
+                raise ValueError(
+                    f"start: {name!r} has the shape {list(start[name].shape)}, in end it is {list(value.shape)}; "
+                    "expected two runs of one recipe."
+                )
             result[name] = torch.lerp(start[name].float(), value.float(), share)
         elif share == 1.0:
             result[name] = value
@@ -53,21 +61,42 @@ def interpolate(
     return result
 
 
+def write_between(start: Path, end: Path, output: Path, shares: list[float]) -> None:
+    """Write the folder of trained parts between two others.
+
+    Raises:
+        UsageError: A folder lacks a file, or `output` is there already.
+        ValueError: As of [`interpolate`].
+    """
+    read_recipe(start, ())
+    recipe = read_recipe(end, ())
+    check_folder("OUTPUT", output)
+    if output.exists():
+        raise UsageError(f"OUTPUT: {output} exists already; give a new folder")
+    state = interpolate(read_trained_weights(start), read_trained_weights(end), shares)
+    shutil.copytree(end, output, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt*"))
+    save_file(state, output / TRAINED_WEIGHTS_NAME)
+    recipe["encoder_shares"] = shares
+    (output / RECIPE_NAME).write_text(json.dumps(recipe, indent=2) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("start", type=Path, help="folder of trained parts")
-    parser.add_argument("end", type=Path, help="folder of trained parts")
-    parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--shares", type=float, nargs="+", required=True, help="one per layer, one for norm and head")
+    parser.add_argument("start", metavar="START", type=Path, help="folder of trained parts")
+    parser.add_argument("end", metavar="END", type=Path, help="folder of trained parts")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, a new one")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        required=True,
+        metavar="SHARE",
+        help="from 0 (START) to 1 (END): one for each encoder layer, and one for norm and CTC head",
+    )
     arguments = parser.parse_args()
-    start, end = (load_file(folder / TRAINED_WEIGHTS_NAME) for folder in (arguments.start, arguments.end))
-    state = interpolate(start, end, arguments.shares)
-    shutil.copytree(arguments.end, arguments.output, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt*"))
-    save_file(state, arguments.output / TRAINED_WEIGHTS_NAME)
-    recipe = json.loads((arguments.output / RECIPE_NAME).read_text())
-    recipe["encoder_shares"] = arguments.shares
-    (arguments.output / RECIPE_NAME).write_text(json.dumps(recipe, indent=2) + "\n")
+    with errors_in_one_line("interpolate"):
+        write_between(arguments.start, arguments.end, arguments.output, arguments.shares)
 
 
 if __name__ == "__main__":

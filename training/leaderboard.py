@@ -17,6 +17,7 @@ import importlib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from hf_speechllm.metrics import Normalizer, english_normalizer
+from training.command_line import errors_in_one_line, make_parent
 from training.evaluation_data import UsageError, read_json_lines
 from training.scoring import counts, score_utterance
 
@@ -90,12 +92,14 @@ def leaderboard_normalizer(repository: Path | None = None) -> Normalizer:
     """
     if repository is not None:
         if not (repository / "normalizer" / "__init__.py").is_file():
-            raise UsageError(f"--leaderboard-repository: expected a clone with normalizer/__init__.py in {repository}")
+            raise UsageError(
+                f"repository: expected a clone of the leaderboard's code, with normalizer/__init__.py, got {repository}"
+            )
         sys.path.insert(0, str(repository))
         try:
             return importlib.import_module("normalizer").EnglishTextNormalizer()
         except (ImportError, AttributeError) as error:
-            raise UsageError(f"--leaderboard-repository: its normaliser cannot be imported ({error})") from error
+            raise UsageError(f"repository: the normaliser of {repository} cannot be imported ({error})") from error
         finally:
             sys.path.remove(str(repository))
     normalizer = english_normalizer()
@@ -172,9 +176,11 @@ def score_manifest(path: Path, normalize: Normalizer) -> dict[str, Any]:
     """`system`, `dataset`, `wer` (percent, None without reference words), `duration_s` and `time_s` of a manifest.
 
     Raises:
-        UsageError: the file is missing, or a line is no JSON object or lacks a field.
+        UsageError: the file is missing or has no line, or a line is no JSON object or lacks a field.
     """
     rows = merge_pieces(list(read_json_lines(path, ("text", "pred_text", "duration", "time"))))
+    if not rows:
+        raise UsageError(f"{path}: expected at least one utterance, got none")
     scores = [score_utterance(normalize(row["text"]), normalize(row["pred_text"]), True) for row in rows]
     errors, words = counts(scores)
     system, _, dataset = path.stem.removeprefix("MODEL_").partition("_DATASET_")
@@ -185,6 +191,13 @@ def score_manifest(path: Path, normalize: Normalizer) -> dict[str, Any]:
         "duration_s": sum(row["duration"] for row in rows),
         "time_s": sum(row["time"] for row in rows),
     }
+
+
+def rtfx(rows: Iterable[dict[str, Any]]) -> float | None:
+    """Seconds of audio per second of recognition, of rows of [`score_manifest`]; None where nobody measured that."""
+    rows = list(rows)
+    time_s = sum(row["time_s"] for row in rows)
+    return round(sum(row["duration_s"] for row in rows) / time_s, 2) if time_s > 0 else None
 
 
 def data_set_names() -> dict[str, str]:
@@ -213,7 +226,8 @@ def eval_results(rows: list[dict[str, Any]], source_url: str | None = None) -> l
     if not scored:
         raise UsageError("--eval-results: expected manifests of the leaderboard's data sets, got none")
     values = {TASK_IDS[name]: scored[name]["wer"] for name in scored if name in TASK_IDS}
-    values["rtfx"] = sum(row["duration_s"] for row in scored.values()) / sum(row["time_s"] for row in scored.values())
+    if (speed := rtfx(scored.values())) is not None:
+        values["rtfx"] = speed
     if scored.keys() == DATASETS.keys():
         values["mean_wer"] = sum(row["wer"] for row in scored.values()) / len(scored)
     date = datetime.date.today().isoformat()
@@ -226,21 +240,27 @@ def eval_results(rows: list[dict[str, Any]], source_url: str | None = None) -> l
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("manifests", nargs="+", type=Path)
-    parser.add_argument("--repository", type=Path, help="clone of the leaderboard's code, for its own normaliser")
-    parser.add_argument("--eval-results", type=Path, help="write the figures there, for `.eval_results` on the Hub")
-    parser.add_argument("--source", metavar="URL", help="where the manifests can be seen, for --eval-results")
+    add = parser.add_argument
+    add(
+        "manifests",
+        nargs="+",
+        type=Path,
+        metavar="MANIFEST.jsonl",
+        help="with text, pred_text, duration and time (seconds of recognition); its name tells system and data set",
+    )
+    add("--repository", type=Path, metavar="CLONE", help="of the leaderboard's code, for its own normaliser")
+    add("--eval-results", type=Path, metavar="YAML", help="write the figures there, for `.eval_results` on the Hub")
+    add("--source", metavar="URL", help="where the manifests can be seen, for --eval-results")
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("leaderboard"):
         if arguments.eval_results is not None and arguments.repository is None:
             raise UsageError("--eval-results: needs --repository, since figures to publish need its own normaliser")
         normalize = leaderboard_normalizer(arguments.repository)
         rows = [score_manifest(path, normalize) for path in arguments.manifests]
         if arguments.eval_results is not None:
+            make_parent("--eval-results", arguments.eval_results)
             entries = eval_result_entries_to_yaml(eval_results(rows, arguments.source))
             arguments.eval_results.write_text(yaml.safe_dump(entries, sort_keys=False))
-    except UsageError as error:
-        parser.error(str(error))
     systems: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         systems.setdefault(row["system"], []).append(row)
@@ -249,8 +269,7 @@ def main() -> None:
             print(f"{system}\t{row['dataset']}\t{'-' if row['wer'] is None else format(row['wer'], '.2f')}")
         rates = [row["wer"] for row in sets if row["wer"] is not None]
         mean = format(sum(rates) / len(rates), ".2f") if rates else "-"
-        rtfx = sum(row["duration_s"] for row in sets) / sum(row["time_s"] for row in sets)
-        print(json.dumps({"system": system, "mean_wer": mean, "data_sets": len(rates), "rtfx": round(rtfx, 2)}))
+        print(json.dumps({"system": system, "mean_wer": mean, "data_sets": len(rates), "rtfx": rtfx(sets)}))
 
 
 if __name__ == "__main__":

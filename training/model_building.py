@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from peft import LoraConfig
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedModel
 
 from hf_speechllm.adapters import lora_target_pattern
-from hf_speechllm.assembly import LORA_PARTS, RECIPE_NAME, build_untrained, read_trained_parts, resolve_model
+from hf_speechllm.assembly import LORA_PARTS, build_untrained, read_trained_parts, resolve_model
 from hf_speechllm.bpe_subset import NUM_CHARACTERS, restrict_merges, select_lowercase_tokens, subset_chains
 from hf_speechllm.label_chains import LabelChains
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -19,7 +18,7 @@ from hf_speechllm.vocabulary import build_language_model, subword_chains, subwor
 from training.arguments import ModelArguments, Stage
 from training.checkpoints import load_state
 from training.lora import add_lora, lora_scaling
-from training.trained_parts import lora_layers, parts_folder, scaling_of, trained_names
+from training.trained_parts import lora_layers, parts_folder, read_recipe, scaling_of, weight_shapes
 
 CTC_UNITS = ("subset", "characters", "llm", "subwords", "none")
 
@@ -118,7 +117,7 @@ def _build_from_parts(folder: Path) -> tuple[SpeechLLMForConditionalGeneration, 
 def already_trained(arguments: ModelArguments, model: PreTrainedModel) -> set[str]:
     """Names of the weights of a fresh model that its pre-trained models do not have, so that checkpoints need them."""
     if arguments.trained_parts is not None:
-        return trained_names(parts_folder(arguments.trained_parts))
+        return set(weight_shapes(parts_folder(arguments.trained_parts)))
     # The chains of labels of their own are computed from a tokeniser that is not kept.
     has_own_labels = model.config.ctc_chain_length is not None and model.config.ctc_token_ids is None
     return {"ctc_chains"} if has_own_labels else set()
@@ -128,7 +127,7 @@ def base_models(arguments: ModelArguments) -> tuple[str, ...]:
     """Names of the pre-trained models that a model is built of."""
     if arguments.trained_parts is None:
         return arguments.audio_model, arguments.language_model
-    recipe = json.loads((parts_folder(arguments.trained_parts) / RECIPE_NAME).read_text())
+    recipe = read_recipe(parts_folder(arguments.trained_parts))
     return recipe["audio_model"], recipe["language_model"]
 
 
@@ -138,8 +137,7 @@ def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
     scalings = {part: lora_scaling(model.get_submodule(part)) for part in LORA_PARTS}
     adapters = {part: scaling for part, scaling in scalings.items() if scaling is not None}
     if stage.model.trained_parts is not None:
-        parts = parts_folder(stage.model.trained_parts)
-        return {**json.loads((parts / RECIPE_NAME).read_text()), "lora_scaling": adapters}
+        return {**read_recipe(parts_folder(stage.model.trained_parts)), "lora_scaling": adapters}
     return {
         "audio_model": stage.model.audio_model,
         "language_model": stage.model.language_model,

@@ -7,7 +7,6 @@ FOLDER holds the trained parts (training/train.py), results.jsonl is what traini
 """
 
 import argparse
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,22 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from safetensors import safe_open
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
 from hf_speechllm.base_models import BASE_MODELS
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
+from hf_speechllm.transcription import DECODING_MODES
+from training.command_line import errors_in_one_line, make_parent
+from training.evaluation_data import UsageError, is_number, read_json_lines, read_json_object
+from training.trained_parts import read_recipe, weight_shapes
 
 TASK = "automatic-speech-recognition"
-MODE_NAMES = {
-    "ctc_greedy": "CTC head alone, greedy",
-    "llm": "speech LLM alone",
-    "joint": "speech LLM and CTC jointly",
-    "ctc_beam": "CTC head alone, beam search",
-    "rescoring": "CTC N-best list rescored by the plain LLM",
-    "delayed_fusion": "CTC with the plain LLM, delayed fusion",
-    "label_fusion": "CTC with the plain LLM, label by label",
-}
+# What a card shows of a line of results.
+RATE_FIELDS = ("wer", "wer_low", "wer_high", "cer", "substitutions", "deletions", "insertions", "rtfx")
+RESULT_FIELDS = ("dataset", "mode", "options", "utterances", "duration_min", *RATE_FIELDS)
 
 TEMPLATE = """---
 {metadata}
@@ -111,16 +107,41 @@ class Subject:
 
 
 def base_name(name: str) -> tuple[str, str | None]:
-    """Hub id and licence of a recipe's model; the licence is None where it is not known here."""
+    """Hub id and licence of a recipe's model; the licence is None where it is not known here.
+
+    Raises:
+        UsageError: it is one of the base models, and there is no such one.
+    """
     if name.startswith("base:"):
-        base = BASE_MODELS[name.removeprefix("base:")]
+        base = BASE_MODELS.get(name.removeprefix("base:"))
+        if base is None:
+            raise UsageError(f"expected a Hub id, or base: and one of {', '.join(sorted(BASE_MODELS))}, got {name!r}")
         return base.hub_id, base.license
     return name, next((base.license for base in BASE_MODELS.values() if base.hub_id == name), None)
 
 
 def mode_name(mode: str) -> str:
     """A mode in words; one that has none here by its name."""
-    return MODE_NAMES.get(mode, mode)
+    return DECODING_MODES.get(mode, mode)
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """What `evaluate_asr --results` wrote; lines without a word error rate are left out.
+
+    Raises:
+        UsageError: the file is missing or malformed.
+    """
+    rows = []
+    for row in read_json_lines(path, RESULT_FIELDS):
+        if row["wer"] is None:
+            continue
+        wrong = [name for name in ("utterances", "duration_min", *RATE_FIELDS) if not is_number(row[name])]
+        if wrong or not isinstance(row["options"], dict):
+            name = wrong[0] if wrong else "options"
+            expected = "a number" if wrong else "an object"
+            raise UsageError(f"{path}, {row['dataset']} {row['mode']}: {name}: expected {expected}, got {row[name]!r}")
+        rows.append(row)
+    return rows
 
 
 def decoding(row: dict[str, Any]) -> str:
@@ -149,10 +170,9 @@ def results_table(results: list[dict[str, Any]]) -> str:
 def trained_parameters(folder: Path) -> dict[str, int]:
     """Number of trained parameters of a folder of trained parts, by part of the model."""
     sizes: dict[str, int] = {}
-    with safe_open(folder / TRAINED_WEIGHTS_NAME, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            part = "LoRA" if "lora_" in name else name.split(".")[0]
-            sizes[part] = sizes.get(part, 0) + math.prod(file.get_slice(name).get_shape())
+    for name, shape in weight_shapes(folder).items():
+        part = "LoRA" if "lora_" in name else name.split(".")[0]
+        sizes[part] = sizes.get(part, 0) + math.prod(shape)
     return sizes
 
 
@@ -166,8 +186,13 @@ def subject_of_parts(
         parts: the folder.
         config_file: name of the training's configuration in `training/configs`, to refer to.
         known: other attributes of [`Subject`].
+
+    Raises:
+        UsageError: a file of the folder is not there, or is no such file.
     """
-    recipe = json.loads((parts / RECIPE_NAME).read_text())
+    recipe = read_recipe(parts)
+    for file in (CONFIG_NAME, GENERATION_CONFIG_NAME):
+        read_json_object(parts / file)
     notes = [f"The recipe is `training/configs/{config_file}`."] if config_file else []
     if shares := recipe.get("encoder_shares"):
         notes.append(f"The encoder lies between two of its stages (`training/interpolate.py`, shares {shares}).")
@@ -175,7 +200,7 @@ def subject_of_parts(
         name=name,
         usage=usage,
         config=SpeechLLMConfig.from_pretrained(parts),
-        generation_config=(parts / "generation_config.json").read_text().strip(),
+        generation_config=(parts / GENERATION_CONFIG_NAME).read_text().strip(),
         audio_model=recipe["audio_model"],
         language_model=recipe["language_model"],
         trained_parameters=trained_parameters(parts),
@@ -260,24 +285,38 @@ def usage_with_package(model: str) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--parts", type=Path, required=True)
-    parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--config-file", help="name of the recipe in training/configs, to refer to")
-    parser.add_argument("--load", default="hf_speechllm.default_model()", help="Python expression of the model to load")
-    parser.add_argument("--training", default="", help="what was learned from what, a sentence or several")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    results = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    subject = subject_of_parts(
-        arguments.name,
-        usage_with_package(arguments.load),
-        arguments.parts,
-        arguments.training,
-        arguments.config_file,
+    add = parser.add_argument
+    add("name", metavar="NAME", help="of the model, title of the card")
+    add("--parts", type=Path, required=True, metavar="FOLDER", help="folder of trained parts")
+    add("--results", type=Path, required=True, metavar="JSONL", help="what training.evaluate_asr --results wrote")
+    add("--config-file", metavar="NAME", help="of the recipe in training/configs, to refer to (default: none)")
+    add(
+        "--load",
+        default="hf_speechllm.default_model()",
+        metavar="PYTHON",
+        help="expression of the model in the card's example (default: %(default)s)",
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(write_card(subject, results))
+    add("--training", default="", metavar="TEXT", help="what was learned from what, a sentence or several")
+    add(
+        "--license",
+        metavar="ID",
+        help="of the model, such as apache-2.0 (default: that of its language model, if known)",
+    )
+    add("--output", type=Path, required=True, metavar="CARD.md", help="file to write")
+    arguments = parser.parse_args()
+    with errors_in_one_line("model_card"):
+        results = read_results(arguments.results)
+        subject = subject_of_parts(
+            arguments.name,
+            usage_with_package(arguments.load),
+            arguments.parts,
+            arguments.training,
+            arguments.config_file,
+            license=arguments.license,
+        )
+        card = write_card(subject, results)
+        make_parent("--output", arguments.output)
+        arguments.output.write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

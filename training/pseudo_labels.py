@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, PreTrainedMod
 from transformers.utils import logging
 
 import hf_speechllm
+from training.command_line import check_at_least_one, check_folder, errors_in_one_line
+from training.evaluation_data import UsageError
 from training.game_speech import GAMES, Clip
 from training.recognisers import MOONSHINE_MIN_TOKENS, MOONSHINE_TOKENS_PER_S
 from training.shards import SHARD_S, Utterance, take_utterances, write_shard
@@ -173,20 +176,36 @@ def make_game(game: str, cache: Path, out: Path, dev_out: Path, share: float = 1
 
 def main() -> None:
     """Makes the shards of the games that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for packages and transcriptions")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dev-out", type=Path, required=True, help="another folder on the same disk")
-    parser.add_argument("--game", action="append", choices=sorted(GAMES), help="repeatable; all by default")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--cache",
+        type=Path,
+        default=Path("cache"),
+        help="folder for packages and transcriptions (default: %(default)s)",
+    )
+    add("--out", type=Path, required=True, help="folder for the shards to train on")
+    add("--dev-out", type=Path, required=True, help="folder for the last shard of each game, on the same disk")
+    add("--game", action="append", choices=sorted(GAMES), help="whose lines to take, repeatable (default: all)")
+    add("--threads", type=int, metavar="N", help="of the recogniser (default: what PyTorch takes)")
     arguments = parser.parse_args()
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    for game in arguments.game or sorted(GAMES):
-        if is_made(game, arguments.dev_out):
-            print(f"{game}: there already")
-        else:
-            make_game(game, arguments.cache, arguments.out, arguments.dev_out)
+    with errors_in_one_line("pseudo_labels", RuntimeError, subprocess.SubprocessError):
+        check_at_least_one(arguments, "threads")
+        for option, folder in (
+            ("--out", arguments.out),
+            ("--dev-out", arguments.dev_out),
+            ("--cache", arguments.cache),
+        ):
+            check_folder(option, folder)
+        if arguments.out.resolve() == arguments.dev_out.resolve():
+            raise UsageError(f"--dev-out: expected another folder than --out, got {arguments.dev_out}")
+        if arguments.threads is not None:
+            torch.set_num_threads(arguments.threads)
+        for game in arguments.game or sorted(GAMES):
+            if is_made(game, arguments.dev_out):
+                print(f"{game}: there already")
+            else:
+                make_game(game, arguments.cache, arguments.out, arguments.dev_out)
 
 
 if __name__ == "__main__":

@@ -38,22 +38,19 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 
 from hf_speechllm.adapters import merge_adapters, set_base_model
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts
-from hf_speechllm.audio import one_line
+from hf_speechllm.audio import AudioError, one_line
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.default_model import TRAINED_PARTS
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from hf_speechllm.processing_speechllm import SpeechLLMProcessor
-from training.evaluation_data import UsageError, read_json_lines
-from training.model_card import TASK, Subject, base_name, subject_of_parts, write_card
+from training.command_line import decoding_options, errors_in_one_line, loading
+from training.evaluation_data import UsageError, read_json_object
+from training.model_card import TASK, Subject, base_name, read_results, subject_of_parts, write_card
+from training.trained_parts import check_trained_parts, read_recipe
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_CLIP = ROOT / "samples" / "sense_and_sensibility_01_austen-0880.flac"
 MAX_SHARD_SIZE = "5GB"
-# What the card shows of a line of results.
-RESULT_FIELDS = (
-    *("dataset", "mode", "options", "utterances", "duration_min", "wer", "wer_low", "wer_high"),
-    *("cer", "substitutions", "deletions", "insertions", "rtfx"),
-)
 # For a process of its own; its arguments are a model and a clip, its last line the text as JSON.
 _TRANSCRIBE = """
 import json, sys
@@ -77,17 +74,13 @@ class Source:
     language_model: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
     arguments = build_parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
+    with errors_in_one_line("publish"):
         publish(arguments, HfApi(token=arguments.token))
-    except UsageError as error:
-        print(f"publish: error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,19 +89,29 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder of trained parts or of a whole model, or: default")
     add("--repo-id", required=True, metavar="USER/NAME", help="repository on the Hub; made if there is none")
-    add("--dry-run", type=Path, metavar="FOLDER", help="write the repository there, and upload nothing")
+    add("--dry-run", type=Path, metavar="FOLDER", help="new folder; write the repository there, and upload nothing")
     add("--keep-adapter", action="store_true", help="keep the LoRA beside the weights instead of adding it to them")
-    add("--generate", default="{}", help="decoding options to store with the model, as JSON, over its own")
-    add("--results", type=Path, help="what training/evaluate_asr.py --results wrote, for the card")
-    add("--eval-results", type=Path, help="what training/leaderboard.py --eval-results wrote, for `.eval_results`")
-    add("--training", default="", help="for the card: what was learned from what, a sentence or several")
+    add(
+        "--generate", default="{}", metavar="JSON", help="decoding options to store, over the model's own (default: {})"
+    )
+    add("--results", type=Path, metavar="JSONL", help="what training.evaluate_asr --results wrote, for the card")
+    add("--eval-results", type=Path, metavar="YAML", help="what training.leaderboard --eval-results wrote, for the Hub")
+    add(
+        "--training", default="", metavar="TEXT", help="for the card: what was learned from what, a sentence or several"
+    )
     add("--base-models", nargs=2, metavar=("AUDIO", "LM"), help="Hub ids, where no recipe has them")
-    add("--license", help="identifier of the model's licence (default: that of its language model, if known)")
-    add("--license-file", type=Path, help="its text (default: Apache-2.0, if that is the licence)")
-    add("--language", default="en", help="code of the language for the card (default: en)")
-    add("--clip", type=Path, default=DEFAULT_CLIP, help="recording to check the repository with")
+    add("--license", metavar="ID", help="of the model's licence (default: that of its language model, if known)")
+    add("--license-file", type=Path, metavar="FILE", help="its text (default: Apache-2.0, if that is the licence)")
+    add("--language", default="en", metavar="CODE", help="of the language, for the card (default: %(default)s)")
+    add(
+        "--clip",
+        type=Path,
+        default=DEFAULT_CLIP,
+        metavar="FILE",
+        help=f"recording to check the repository with (default: {DEFAULT_CLIP.relative_to(ROOT)})",
+    )
     add("--private", action="store_true", help="make a private repository")
-    add("--token", help="access token with the right to write")
+    add("--token", help="access token with the right to write (default: HF_TOKEN, or that of `hf auth login`)")
     return parser
 
 
@@ -120,8 +123,8 @@ def publish(arguments: argparse.Namespace, api: HfApi) -> None:
     """
     source = find_source(arguments)
     license_id, license_file = find_license(arguments, source)
-    options = json_object("--generate", arguments.generate)
-    results = read_results(arguments.results)
+    options = decoding_options("--generate", arguments.generate)
+    results = [] if arguments.results is None else read_results(arguments.results)
     check_eval_results(arguments.eval_results)
     if not is_repo_id(arguments.repo_id):
         raise UsageError(f"--repo-id: expected USER/NAME, got {arguments.repo_id!r}")
@@ -145,7 +148,7 @@ def publish(arguments: argparse.Namespace, api: HfApi) -> None:
             (folder / ".eval_results").mkdir()
             shutil.copyfile(arguments.eval_results, folder / ".eval_results" / "open_asr_leaderboard.yaml")
         step("checking", "in a process without hf_speechllm")
-        expected = pipeline(TASK, model=str(folder))(str(arguments.clip))["text"]
+        expected = transcribe(str(folder), arguments.clip)
         check_text(expected, transcribe_without_package(str(folder), arguments.clip, Path(scratch)), "the repository")
         if place is None:
             upload(arguments, api, folder, expected, Path(scratch))
@@ -164,7 +167,7 @@ def find_source(arguments: argparse.Namespace) -> Source:
         raise UsageError(f"CHECKPOINT: {folder}: no such folder; expected one of trained parts or of a whole model")
     is_parts = (folder / RECIPE_NAME).is_file()
     if is_parts:
-        recipe = json.loads((folder / RECIPE_NAME).read_text())
+        recipe = read_recipe(folder)
         names = arguments.base_models or (recipe["audio_model"], recipe["language_model"])
     else:
         check_is_speech_llm(folder)
@@ -181,7 +184,7 @@ def find_source(arguments: argparse.Namespace) -> Source:
 def check_is_speech_llm(folder: Path) -> None:
     """Refuse a folder without a speech LLM of this package."""
     config_file = folder / "config.json"
-    kind = json.loads(config_file.read_text()).get("model_type") if config_file.is_file() else None
+    kind = read_json_object(config_file).get("model_type") if config_file.is_file() else None
     if kind != "speechllm":
         raise UsageError(
             f"CHECKPOINT: {folder}: expected {RECIPE_NAME} (trained parts) or the config.json of a speechllm model, "
@@ -203,31 +206,13 @@ def find_license(arguments: argparse.Namespace, source: Source) -> tuple[str, Pa
     return license_id, file
 
 
-def json_object(option: str, text: str) -> dict[str, Any]:
-    """The JSON object given for an option."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{option}: expected a JSON object, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{option}: expected a JSON object, got {text!r}")
-    return value
-
-
-def read_results(path: Path | None) -> list[dict[str, Any]]:
-    """Lines of --results; those without a word error rate are left out."""
-    if path is None:
-        return []
-    return [row for row in read_json_lines(path, RESULT_FIELDS) if row["wer"] is not None]
-
-
 def check_eval_results(path: Path | None) -> None:
     """Refuse a file that the Hub would not take for evaluation results."""
     if path is None:
         return
     try:
         entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"--eval-results: {path}: expected the YAML of evaluation results ({one_line(error)})"
         ) from None
@@ -271,14 +256,13 @@ def make_parent(place: Path) -> Path:
 
 def write_model(source: Source, folder: Path, options: dict[str, Any], keep_adapter: bool) -> None:
     """Weights, code, processor and decoding options."""
-    try:
+    with loading("CHECKPOINT", source.folder):
         if source.is_parts:
+            check_trained_parts(source.folder)
             model, processor = load_trained_parts(source.folder)
         else:
             model = SpeechLLMForConditionalGeneration.from_pretrained(source.folder)
             processor = SpeechLLMProcessor.from_pretrained(source.folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"CHECKPOINT: {source.folder} cannot be loaded ({one_line(error)})") from error
     if not keep_adapter:
         merge_adapters(model)
     model.generation_config.update(**options, allow_custom_entries=True)
@@ -334,6 +318,22 @@ def required_packages(folder: Path) -> list[str]:
     """What the Python files of a folder import, but for the standard library."""
     names = {name for path in folder.glob("*.py") for name in get_imports(path)}
     return sorted(names - set(sys.stdlib_module_names))
+
+
+def transcribe(model: str, clip: Path) -> str:
+    """The text of a clip by this package.
+
+    Raises:
+        UsageError: the model does not work with the decoding options that are stored with it.
+        AudioError: the clip cannot be read.
+    """
+    transcriber = pipeline(TASK, model=model)
+    try:
+        return transcriber(str(clip))["text"]
+    except AudioError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the model does not transcribe {clip} ({type(error).__name__}: {one_line(error)})") from error
 
 
 def transcribe_without_package(model: str, clip: Path, scratch: Path, hub_cache: Path | None = None) -> str:
@@ -407,4 +407,4 @@ def step(what: str, detail: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

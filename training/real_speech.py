@@ -24,6 +24,7 @@ from pathlib import Path
 
 import soundfile
 
+from training.command_line import check_folder, errors_in_one_line
 from training.packages import Package, fetch
 from training.texts import normalise, spell_out
 
@@ -188,11 +189,16 @@ def make_manifests(out: Path, cache: Path, share: float = 1.0) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for fetched packages")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the manifests and their audio")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("cache"), help="folder for fetched packages (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    make_manifests(arguments.out, arguments.cache)
+    with errors_in_one_line("real_speech", RuntimeError, subprocess.SubprocessError):
+        check_folder("--out", arguments.out)
+        check_folder("--cache", arguments.cache)
+        make_manifests(arguments.out, arguments.cache)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Any Hugging Face speech recogniser behind one call: speech LLMs of this package, Whisper, Moonshine, Wav2Vec2, ...
 
-Decoding modes of speech LLMs are those of `generate(mode=...)`, and two short names: "joint", the language model with
-the model's own CTC weight, and "llm", the language model without CTC. Other models have one mode, "default".
+Decoding modes of speech LLMs are `hf_speechllm.transcription.DECODING_MODES`. Other models have one mode, "default".
 """
 
 import math
@@ -11,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
-from hf_speechllm.combination import MODES, check_given_options
+from hf_speechllm.audio import one_line
+from hf_speechllm.combination import check_given_options
+from hf_speechllm.transcription import DECODING_MODES
+from hf_speechllm.transcription import mode_options as speech_llm_options
+from training.command_line import loading
 from training.evaluation_data import UsageError
+from training.trained_parts import check_trained_parts
 
-ALIASES: dict[str, dict[str, Any]] = {"joint": {"mode": "llm"}, "llm": {"mode": "llm", "ctc_weight": 0.0}}
 DEFAULT_MODE = "default"
 # Moonshine goes on for ever where it does not find the end; its authors allow this many tokens for a second of speech.
 MOONSHINE_TOKENS_PER_S = 6.5
@@ -59,15 +63,22 @@ class Recogniser:
         return [output["text"].strip() for output in self.pipe(inputs, **call)]
 
 
-def load_pipeline(model: str | None, device: str) -> AutomaticSpeechRecognitionPipeline:
+def load_pipeline(model: str | None, device: str, option: str = "--model") -> AutomaticSpeechRecognitionPipeline:
     """The pipeline of a Hub id, a folder, a folder of trained parts, `base:NAME`, or None for the default model.
 
+    Args:
+        model: see above.
+        device: where it runs.
+        option: what `model` is called on the command line.
+
     Raises:
-        UsageError: there is no such model, or it recognises no speech.
+        UsageError: there is no such model, or it recognises no speech; there is no such device.
     """
-    try:
+    check_device(device)
+    with loading(option, model):
         model = hf_speechllm.default_model() if model is None else resolve_model(model)
         if (Path(model) / RECIPE_NAME).is_file():
+            check_trained_parts(Path(model))
             speech_llm, processor = load_trained_parts(model)
             return pipeline(
                 "automatic-speech-recognition",
@@ -77,8 +88,20 @@ def load_pipeline(model: str | None, device: str) -> AutomaticSpeechRecognitionP
                 device=device,
             )
         return pipeline("automatic-speech-recognition", model=model, device=device)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"--model: {model} cannot be loaded for speech recognition ({error})") from error
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UsageError: PyTorch cannot use it.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what it raises differs from device to device
+        raise UsageError(
+            f"--device: expected cpu, cuda, cuda:0, mps or the like that is there, got {device!r} ({one_line(error)})"
+        ) from error
 
 
 def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
@@ -94,10 +117,9 @@ def mode_options(pipe: AutomaticSpeechRecognitionPipeline, mode: str, extra: dic
             model without `generate`.
     """
     if is_speech_llm(pipe):
-        modes = sorted({*ALIASES, *MODES})
-        if mode not in modes:
-            raise UsageError(f"--mode: expected one of {', '.join(modes)}, got {mode!r}")
-        options = {**extra, **ALIASES.get(mode, {"mode": mode})}
+        if mode not in DECODING_MODES:
+            raise UsageError(f"--mode: expected one of {', '.join(DECODING_MODES)}, got {mode!r}")
+        options = {**extra, **speech_llm_options(mode)}
         try:
             check_given_options(options["mode"], options)
         except ValueError as error:

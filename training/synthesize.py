@@ -9,6 +9,7 @@ A finished shard is never made again, so that the command can be stopped and rep
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 import zlib
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from training.engines import ENGINES, load_engine
+from training.command_line import check_at_least_one, check_folder, errors_in_one_line
+from training.engines import ENGINES, engine_fault, load_engine
+from training.evaluation_data import UsageError
 from training.shards import SHARD_S, Utterance, take_utterances, write_shard
 from training.texts import SentenceSampler, collect_sentences, load_sentences, save_sentences
 from training.voices import SAMPLING_RATE, Engine, random_voice, speak
@@ -171,20 +174,64 @@ def synthesize(
         return sum(pool.map(job, range(num_shards(hours, shard_s))))
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--cache",
+        type=Path,
+        default=Path("cache"),
+        help="folder for fetched packages and sentences (default: %(default)s)",
+    )
+    add("--out", type=Path, required=True, help="folder for the shards")
+    add("--hours", type=float, required=True, help="hours in total for this engine, seed and split")
+    add("--seed", type=int, required=True, help="of texts, voices and noise: another one gives other shards, 0 or more")
+    add("--engine", choices=sorted(ENGINES), required=True, help="what speaks; see training/engines.py for its licence")
+    add(
+        "--split",
+        choices=("train", "dev"),
+        default="train",
+        help="texts to read: for training, or those held out from it (default: %(default)s)",
+    )
+    add(
+        "--shard-s", type=float, default=SHARD_S, metavar="S", help="seconds of audio in a shard (default: %(default)g)"
+    )
+    add("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be done, before anything is fetched.
+
+    Raises:
+        UsageError: A number is out of range, a folder cannot be written, or the engine does not work.
+    """
+    for name in ("hours", "shard_s"):
+        if not 0.0 < getattr(arguments, name) < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')}: expected more than 0, got {getattr(arguments, name)}")
+    if arguments.seed < 0:
+        raise UsageError(f"--seed: expected 0 or more, got {arguments.seed}")
+    check_at_least_one(arguments, "workers")
+    check_folder("--out", arguments.out)
+    check_folder("--cache", arguments.cache)
+    shards = range(num_shards(arguments.hours, arguments.shard_s))
+    names = [shard_name(arguments.engine, arguments.seed, shard) for shard in shards]
+    if all((arguments.out / f"{name}.jsonl").exists() for name in names):
+        return
+    with ProcessPoolExecutor(1) as pool:  # engines leave threads behind, which forked workers cannot use
+        fault = pool.submit(engine_fault, arguments.engine, arguments.cache).result()
+    if fault is not None:
+        raise UsageError(f"--engine: {fault}")
+
+
 def main() -> None:
     """Makes the shards that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="folder for fetched packages and sentences")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hours", type=float, required=True, help="hours in total for this engine, seed and split")
-    parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--engine", choices=sorted(ENGINES), required=True)
-    parser.add_argument("--split", choices=("train", "dev"), default="train")
-    parser.add_argument("--shard-s", type=float, default=SHARD_S, help="seconds of audio in a shard")
-    parser.add_argument("--workers", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = build_parser().parse_args()
     started = time.monotonic()
-    made_s = synthesize(**vars(arguments))
+    with errors_in_one_line("synthesize", RuntimeError):
+        check(arguments)
+        made_s = synthesize(**vars(arguments))
     elapsed_s = time.monotonic() - started
     shards = num_shards(arguments.hours, arguments.shard_s)
     speed = f"{made_s / elapsed_s:.0f} x real time"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hf_speechllm.audio import one_line
 from training.row_reader import NORMALIZATIONS
 
 
@@ -52,7 +54,8 @@ def read_texts(sources: list[str | dict[str, Any]], data_dir: str | Path, normal
         normalization: Key of `training.row_reader.NORMALIZATIONS`.
 
     Raises:
-        ValueError: If a pattern matches no file, a line has no text, there is no text at all, or an option is unknown.
+        ValueError: If a pattern matches no file, a file cannot be read, a line has no text, there is no text at all, or
+            an option is unknown.
     """
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"text_normalization must be one of {list(NORMALIZATIONS)}, got {normalization!r}.")
@@ -79,12 +82,23 @@ def _open(source: str | dict[str, Any], data_dir: Path) -> Iterator[str]:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        for number, line in enumerate(file, 1):
-            if ".jsonl" not in path.suffixes:
-                yield line
-            elif line.strip():
-                text = json.loads(line).get("text")
-                if not isinstance(text, str):
-                    raise ValueError(f"{path}:{number}: field 'text' must be a string, got {text!r}.")
-                yield text
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if ".jsonl" not in path.suffixes:
+                    yield line
+                elif line.strip():
+                    yield _text_of(line, f"{path}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise ValueError(f"texts: {path} cannot be read as UTF-8 text ({one_line(error)}).") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:60]!r} ({error}).") from None
+    text = entry.get("text") if isinstance(entry, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: field 'text' must be a string, got {text!r}.")
+    return text

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from training.command_line import check_folder, errors_in_one_line, make_parent
+from training.evaluation_data import read_json_lines
 from training.numbers_to_words import spell_numbers
 from training.packages import Package, fetch
 from training.phrases import generate_phrase
@@ -159,7 +161,10 @@ def save_sentences(sentences: Iterable[Sentence], path: Path) -> None:
 
 def load_sentences(path: Path) -> list[Sentence]:
     """Sentences that `save_sentences` wrote."""
-    return [Sentence(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [
+        Sentence(entry["spoken"], entry["text"], entry["source"])
+        for entry in read_json_lines(path, ("spoken", "text", "source"))
+    ]
 
 
 class SentenceSampler:
@@ -275,14 +280,24 @@ _READERS = {
 
 def main() -> None:
     """Collects the sentences and shows some."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="folder for the fetched packages")
-    parser.add_argument("--out", type=Path, help="also write all sentences to this JSONL file")
-    parser.add_argument("--show", type=int, default=10, help="print that many random training sentences")
+    parser.add_argument("--out", type=Path, metavar="JSONL", help="also write all sentences to this file")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=10,
+        metavar="N",
+        help="print that many random training sentences (default: %(default)s)",
+    )
     arguments = parser.parse_args()
-    sentences = collect_sentences(arguments.cache)
-    if arguments.out:
-        save_sentences(sentences, arguments.out)
+    with errors_in_one_line("texts", RuntimeError):
+        check_folder("--cache", arguments.cache)
+        if arguments.out:
+            make_parent("--out", arguments.out)
+        sentences = collect_sentences(arguments.cache)
+        if arguments.out:
+            save_sentences(sentences, arguments.out)
     print(dict(Counter(sentence.source for sentence in sentences)), "dev:", sum(is_dev(s.text) for s in sentences))
     sampler, rng = SentenceSampler(sentences, "train"), np.random.default_rng(0)
     for index in range(arguments.show):

@@ -7,7 +7,6 @@ sub-words, as `model.vocabulary` makes it in a run.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.vocabulary import build_language_model
+from training.command_line import check_folder, check_model_name, errors_in_one_line, loading
 from training.row_reader import NORMALIZATIONS
 from training.text_sources import read_texts
 
@@ -76,23 +76,46 @@ def train_vocabulary(texts: list[str], size: int, kind: str = "unigram") -> PreT
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder to write")
-    parser.add_argument("--texts", nargs="+", required=True, metavar="PATTERN", help="JSONL manifests or plain text")
-    parser.add_argument("--data-dir", type=Path, default=Path(), help="folder that the patterns are relative to")
-    parser.add_argument("--text-normalization", choices=list(NORMALIZATIONS), default="none", help="of the texts")
-    parser.add_argument("--size", type=int, required=True, help="number of sub-words")
-    parser.add_argument("--kind", choices=KINDS, default="unigram", help="by default unigram")
-    parser.add_argument("--language-model", metavar="NAME", help="write this model too, for the new vocabulary")
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="folder to write")
+    add(
+        "--texts",
+        nargs="+",
+        required=True,
+        metavar="PATTERN",
+        help="JSONL manifests (field text) or plain text, a text a line (gzipped: *.gz)",
+    )
+    add("--data-dir", type=Path, default=Path(), help="folder that the patterns are relative to (default: this one)")
+    add(
+        "--text-normalization",
+        choices=list(NORMALIZATIONS),
+        default="none",
+        help="of the texts, as data.text_normalization of a training (default: %(default)s)",
+    )
+    add("--size", type=int, required=True, metavar="N", help="number of sub-words")
+    add(
+        "--kind",
+        choices=KINDS,
+        default="unigram",
+        help="merges of frequent pairs, or as SentencePiece (default: %(default)s)",
+    )
+    add(
+        "--language-model",
+        metavar="NAME",
+        help="write this model too, for the new vocabulary: Hub id, folder, base:NAME",
+    )
     arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("train_vocabulary"):
+        check_folder("FOLDER", arguments.folder)
+        if arguments.language_model is not None:
+            check_model_name("--language-model", arguments.language_model)
         texts = read_texts(arguments.texts, arguments.data_dir, arguments.text_normalization)
         tokenizer = train_vocabulary(texts, arguments.size, arguments.kind)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    tokenizer.save_pretrained(arguments.folder)
-    if arguments.language_model is not None:
-        model, _ = build_language_model(resolve_model(arguments.language_model), str(arguments.folder))
-        model.save_pretrained(arguments.folder)
+        tokenizer.save_pretrained(arguments.folder)
+        if arguments.language_model is not None:
+            with loading("--language-model", arguments.language_model):
+                model, _ = build_language_model(resolve_model(arguments.language_model), str(arguments.folder))
+            model.save_pretrained(arguments.folder)
     words = sum(len(text.split()) for text in texts)
     tokens = sum(map(len, tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]))
     print(f"{arguments.folder}: {arguments.size} sub-words, {tokens / words:.2f} per word of {len(texts)} texts")

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import transformers
 from tqdm import tqdm
 from transformers import AutomaticSpeechRecognitionPipeline, GenerationConfig
 
@@ -39,6 +39,8 @@ from hf_speechllm.metrics import normalize_english, word_errors
 from hf_speechllm.rescoring import rescore_nbest
 from hf_speechllm.scale_tuning import ScaleChoice, tune_scales
 from hf_speechllm.segmented_pipeline import load_language_model
+from hf_speechllm.transcription import DECODING_MODES
+from training.command_line import add_device, check_at_least_one, errors_in_one_line, loading
 from training.evaluation_data import UsageError, Utterance, batches, read_manifest
 from training.recognisers import is_speech_llm, load_pipeline
 
@@ -72,42 +74,62 @@ class Search:
 
 def main() -> None:
     """Command line."""
-    parser = build_parser()
-    arguments = parser.parse_args()
-    try:
+    arguments = build_parser().parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with errors_in_one_line("tune_scales"):
         tune(arguments)
-    except UsageError as error:
-        parser.exit(2, f"tune_scales: error: {error}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("model", metavar="MODEL")
+    add("model", metavar="MODEL", help="checkpoint, folder of trained parts, Hub id or base:NAME")
     add("manifests", metavar="DEV.jsonl", type=Path, nargs="+", help="development data, never a test set")
-    add("--mode", choices=MODES, default=MODES[0], help="of a speech LLM (default: rescoring)")
-    add("--rounds", type=int, default=1, help="of decoding and tuning, for the modes with one pass (default: 1)")
+    add(
+        "--mode",
+        choices=MODES,
+        default=MODES[0],
+        help="of a speech LLM: "
+        + "; ".join(f"{mode}, {DECODING_MODES[mode]}" for mode in MODES)
+        + f" (default: {MODES[0]})",
+    )
+    add(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of decoding and tuning, for the modes with one pass (default: %(default)s)",
+    )
     add("--lm", help="language model: Hub id, folder or base:NAME (default: that of the speech LLM)")
-    add("--nbest", type=int, default=16, help="hypotheses per utterance, and width of the search (default: 16)")
-    add("--lm-weights", type=grid, default=LM_WEIGHTS, metavar="W,W,...", help=f"default: {LM_WEIGHTS}")
+    add(
+        "--nbest",
+        type=int,
+        default=16,
+        metavar="N",
+        help="hypotheses per utterance, and width of the search (default: %(default)s)",
+    )
+    add("--lm-weights", type=grid, default=LM_WEIGHTS, metavar="W,W,...", help=f"to try (default: {LM_WEIGHTS})")
     add(
         "--prior-weights",
         type=grid,
         metavar="W,W,...",
-        help=f"default: {PRIOR_WEIGHTS} where the speech LLM has a prior (training.estimate_prior), otherwise 0",
+        help=f"to try (default: {PRIOR_WEIGHTS} where the speech LLM has a prior, see training.estimate_prior, "
+        "otherwise 0)",
     )
     add(
         "--length-rewards",
         type=grid,
         default=LENGTH_REWARDS,
         metavar="R,R,...",
-        help=f"nats per token; with a negative one first write --length-rewards=-1,0 (default: {LENGTH_REWARDS})",
+        help="to try, in nats per token; with a negative one first write --length-rewards=-1,0 "
+        f"(default: {LENGTH_REWARDS})",
     )
     add("--write", action="store_true", help="store the scales in generation_config.json of MODEL, a folder")
-    add("--batch-size", type=int, default=8, help="utterances of similar length per batch (default: 8)")
-    add("--limit", type=int, help="use only the first utterances of each manifest")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch-size", type=int, default=8, metavar="N", help="utterances of similar length per batch (default: 8)")
+    add("--limit", type=int, metavar="N", help="use only the first utterances of each manifest (default: all)")
+    add_device(parser)
     return parser
 
 
@@ -124,14 +146,14 @@ def grid(text: str) -> list[float]:
 
 def tune(arguments: argparse.Namespace) -> None:
     """Decode, tune, report; UsageError for what the user has to change."""
-    for name in ("nbest", "batch_size", "limit", "rounds"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+    check_at_least_one(arguments, "nbest", "batch_size", "limit", "rounds")
     utterances = read_all(arguments.manifests, arguments.limit)
-    pipe = load_pipeline(arguments.model, arguments.device)
+    pipe = load_pipeline(arguments.model, arguments.device, "MODEL")
     check(arguments, pipe)
-    lm = None if arguments.lm is None else load_language_model(resolve_model(arguments.lm), pipe.device)
+    lm = None
+    if arguments.lm is not None:
+        with loading("--lm", arguments.lm):
+            lm = load_language_model(resolve_model(arguments.lm), pipe.device)
     references = [utterance.entry["text"] for utterance in utterances]
     grids = {
         "lm_weights": arguments.lm_weights,
@@ -221,7 +243,7 @@ def nbest_lists(
                 f"{utterance.entry['duration']:.1f} s; leave long recordings out"
             )
     lists: dict[int, list[Hypothesis]] = {}
-    with tqdm(desc="N-best lists", unit="utt", total=len(utterances)) as progress:
+    with tqdm(desc="N-best lists", unit="utt", total=len(utterances), leave=False, disable=None) as progress:
         for batch in batches(iter(utterances), batch_size, None):
             waveforms = [utterance.waveform(pipe.feature_extractor.sampling_rate) for utterance in batch]
             if is_speech_llm(pipe):

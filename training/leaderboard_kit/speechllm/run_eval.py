@@ -103,14 +103,15 @@ def build_parser():
     add = parser.add_argument
     add("--model_id", required=True, help="on the Hub, or a folder")
     add("--revision", help="commit of the model")
-    add("--dataset_path", default="hf-audio/open-asr-leaderboard")
+    add("--dataset_path", default="hf-audio/open-asr-leaderboard", help="repository on the Hub (default: %(default)s)")
     add("--dataset", required=True, help="configuration; empty for a data set in a repository of its own")
-    add("--split", default="test")
-    add("--device", type=int, default=-1, help="number of the GPU; -1 for the CPU")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    add("--batch_size", type=int, default=16)
-    add("--max_eval_samples", type=int, default=-1, help="only the first ones, for a trial")
-    add("--warmup_steps", type=int, default=2, help="batches before the timed ones")
+    add("--split", default="test", help="of the data set (default: %(default)s)")
+    add("--device", type=int, default=-1, help="number of the GPU; -1 for the CPU (default: %(default)s)")
+    dtypes = ["float32", "bfloat16", "float16"]
+    add("--dtype", default="float32", choices=dtypes, help="of weights and computation (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="recordings per batch (default: %(default)s)")
+    add("--max_eval_samples", type=int, default=-1, help="only the first ones, for a trial (default: all)")
+    add("--warmup_steps", type=int, default=2, help="batches before the timed ones (default: %(default)s)")
     add("--streaming", action="store_true", help="read over the network instead of downloading everything first")
     return parser
 
