@@ -321,7 +321,7 @@ def test_the_command_line(monkeypatch, tmp_path, capsys):
     [
         ("model: {}", "model.language_model is required: a Hub id, a folder, or base:NAME"),
         ("model: {language_model: a}\ndata: {max_tokens: many}", "max_tokens must be of the type int, got 'many'."),
-        ("model: [", "while parsing a flow"),
+        ("model: [", "expected YAML (while parsing a flow"),
     ],
 )
 def test_mistakes_are_told_in_one_line(config, message, tmp_path, monkeypatch, capsys):

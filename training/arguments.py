@@ -22,6 +22,7 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 from transformers import GenerationConfig, HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_speechllm.audio import one_line
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
 from training.augment import SAMPLING_RATE, AugmentOptions
@@ -276,13 +277,28 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        ValueError: If it is no such file.
+    """
+    try:
+        values = read_yaml(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected YAML ({one_line(error)}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections in YAML, got {values!r:.60}.")
+    return values
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """The values of the file, laid over those of the one that it names as its `base`.
 
     Raises:
-        ValueError: For an unknown section, naming it.
+        ValueError: If it is no YAML file, or for an unknown section, naming it.
     """
-    run = read_yaml(path.read_text()) or {}
+    run = read_config(path)
     reject_unknown(run, _TOP_LEVEL, str(path))
     if "base" not in run:
         return run

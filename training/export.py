@@ -2,12 +2,14 @@
 
     python -m training.export RUN/llm/final FOLDER --generate '{"num_beams": 4, "ctc_weight": 0.5}'
 
-`hf_speechllm.assembly.assemble` makes a full checkpoint of it.
+With `--whole` they are put together with the pre-trained models (`hf_speechllm.assembly.assemble`), to a checkpoint for
+`from_pretrained` and `pipeline` on this machine; training/publish.py makes one for the Hub.
 """
 
 import argparse
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME
+from hf_speechllm.assembly import RECIPE_NAME, TRAINED_WEIGHTS_NAME, assemble
 from training.command_line import check_folder, decoding_options, errors_in_one_line
 from training.evaluation_data import UsageError, read_json_object
 from training.trained_parts import read_recipe, read_trained_weights
@@ -52,22 +54,44 @@ def export(run: Path, folder: Path, generation: dict[str, Any]) -> float:
     return (folder / TRAINED_WEIGHTS_NAME).stat().st_size / 1e6
 
 
+def export_whole(run: Path, folder: Path, generation: dict[str, Any]) -> None:
+    """Write a checkpoint of the trained parts and the pre-trained models into `folder`, which must be new or empty.
+
+    Raises:
+        UsageError: If there is something in the folder, or as for [`export`].
+        ValueError: As for [`export`].
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder}: expected a new or an empty folder, got one with files; a checkpoint replaces them")
+    with tempfile.TemporaryDirectory() as parts:
+        export(run, Path(parts), generation)
+        assemble(parts, folder)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder `final` of the last stage")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of trained parts to write")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write")
     parser.add_argument(
         "--generate",
         metavar="JSON",
         default="{}",
         help="decoding options to store, over those of the run (default: {})",
     )
+    parser.add_argument(
+        "--whole", action="store_true", help="write a checkpoint for from_pretrained and pipeline instead"
+    )
     arguments = parser.parse_args()
     with errors_in_one_line("export"):
         check_folder("FOLDER", arguments.folder)
-        size_mb = export(arguments.run, arguments.folder, decoding_options("--generate", arguments.generate))
-    print(f"{arguments.folder}: {size_mb:.1f} MB of weights, {torch.float16}")
+        generation = decoding_options("--generate", arguments.generate)
+        if arguments.whole:
+            export_whole(arguments.run, arguments.folder, generation)
+            print(f"{arguments.folder}: a checkpoint for from_pretrained and pipeline")
+        else:
+            size_mb = export(arguments.run, arguments.folder, generation)
+            print(f"{arguments.folder}: {size_mb:.1f} MB of weights, {torch.float16}")
 
 
 if __name__ == "__main__":

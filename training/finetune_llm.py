@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from hf_speechllm.adapters import merge_adapters
 from hf_speechllm.assembly import resolve_model
-from hf_speechllm.audio import one_line
 from hf_speechllm.lm_score import CausalLMScorer
 from hf_speechllm.vocabulary import build_language_model
-from training.arguments import apply_override, effective_config, parse_section, read_yaml, reject_unknown
+from training.arguments import apply_override, effective_config, parse_section, read_config, reject_unknown
 from training.checkpoints import CONFIG_NAME, CompleteCheckpoints, last_checkpoint, load_trained
+from training.command_line import errors_in_one_line
 from training.lora import add_lora, set_lora_trainable
 from training.packed_texts import PackedTexts, check_packing, collate
 from training.perplexity import measure_perplexity, tokenize
@@ -124,7 +123,7 @@ def load_run(config_path: str | Path, output_dir: str | Path, overrides: list[st
     Raises:
         ValueError: For an unknown key, naming it, or a value of the wrong form.
     """
-    raw = read_yaml(Path(config_path).read_text()) or {}
+    raw = read_config(Path(config_path))
     reject_unknown(raw, {*_SECTIONS, "training"}, str(config_path))
     merged = {name: dict(raw.get(name) or {}) for name in (*_SECTIONS, "training")}
     for override in overrides or []:
@@ -308,11 +307,9 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the run")
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    try:
+    with errors_in_one_line("finetune_llm"):
         run = load_run(arguments.config, arguments.output_dir, arguments.overrides)
         perplexities = finetune(run, arguments.data_dir)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.exit(2, f"finetune_llm: error: {arguments.config}: {one_line(error)}\n")
     for metrics in perplexities.values():
         for name, value in metrics.items():
             print(f"{name}: {value:.2f}")

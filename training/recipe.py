@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME, resolve_model
-from hf_speechllm.audio import one_line
 from training import estimate_prior, pseudo_labels, real_speech, train
 from training.arguments import DataArguments, Stage, parse_options, read_run, reject_unknown, stages_of
+from training.command_line import errors_in_one_line
 from training.data_sources import read_manifests
 from training.engines import ENGINES, engine_fault
 from training.evaluate_asr import build_parser, evaluate
@@ -488,15 +487,13 @@ def main() -> None:
     arguments = vars(parser.parse_intermixed_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     torch.set_float32_matmul_precision("high")
-    try:
+    with errors_in_one_line("recipe", RuntimeError):
         run = load_run(**arguments)
         for folder in (run.data_dir, run.output_dir):
             check_scale(folder, run.scale)
         steps = plan(run)
         _say("trying what the remaining steps need")
         prepare([step for step in steps if not step.is_complete()], run.cache)
-    except (OSError, RuntimeError, ValueError, yaml.YAMLError) as error:
-        parser.exit(2, f"recipe: error: {arguments['config']}: {one_line(error)}\n")
     carry_out(steps)
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from peft import LoraConfig
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
 
-from hf_speechllm.audio import one_line
 from hf_speechllm.audio_encoders import encoder_layers
 from hf_speechllm.configuration_speechllm import check_loss_weights
 from hf_speechllm.data_collator import SpeechLLMDataCollator
@@ -26,6 +24,7 @@ from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
 from training.arguments import Stage, TuningArguments, load_stages, parse_options, read_yaml
 from training.augment import AugmentOptions
 from training.checkpoints import CONFIG_NAME, last_checkpoint, load_trained
+from training.command_line import errors_in_one_line
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
@@ -259,15 +258,13 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    try:
+    with errors_in_one_line("train"):
         stages = load_stages(arguments.config, arguments.output_dir, arguments.overrides)
         unknown = set(arguments.stage or ()) - {stage.name for stage in stages}
         if unknown:
             parser.error(f"--stage: no stage {sorted(unknown)[0]!r}; there are {[stage.name for stage in stages]}")
         torch.set_float32_matmul_precision("high")
         run(stages, arguments.data_dir, arguments.stage)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        parser.exit(2, f"train: error: {arguments.config}: {one_line(error)}\n")
 
 
 if __name__ == "__main__":
