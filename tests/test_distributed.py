@@ -26,6 +26,13 @@ BASE = {
     "lr_scheduler_type": "constant",
     "max_grad_norm": 0.0,
 }
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_MIXED_PRECISION": "no"}
+DEEPSPEED |= {f"ACCELERATE_{name}": "auto" for name in ("GRADIENT_ACCUMULATION_STEPS", "DEEPSPEED_GRADIENT_CLIPPING")}
+SHARDING = {
+    "": {},
+    "FSDP2": {"FSDP2_ON_CPU": "1"},
+    "ZeRO-2": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+}
 STAGES = [
     {"name": "ctc", "tuning": {"encoder": "full", "ce_loss_weight": 0.0, "ctc_loss_weight": 1.0}},
     {"name": "llm", "tuning": {"encoder": "full", "llm": "lora", "lora_r": 2}},
@@ -39,8 +46,8 @@ def data_dir(tmp_path_factory) -> Path:
     return folder
 
 
-def train(output_dir: Path, data_dir: Path, processes: int = 1, kill: str = "", fsdp: bool = False, **sections) -> int:
-    """Exit status of a run of this many processes."""
+def train(output_dir: Path, data_dir: Path, processes: int = 1, kill: str = "", sharding: str = "", **sections) -> int:
+    """Exit status of a run of this many processes; `sharding` is FSDP2, ZeRO-2 or, with DDP, nothing."""
     data = {"train_manifests": ["train.jsonl"], "augment": False, **sections.pop("data", {})}
     options = {**BASE, **sections.pop("training", {})}
     output_dir.mkdir(exist_ok=True)
@@ -50,7 +57,9 @@ def train(output_dir: Path, data_dir: Path, processes: int = 1, kill: str = "", 
     )
     command = [sys.executable, *launch, str(TESTS / "training_worker.py"), str(config), str(data_dir), str(output_dir)]
     environment = {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    environment |= {"FSDP2_ON_CPU": "1"} if fsdp else {}
+    environment |= SHARDING[sharding]
+    if "ZeRO" in sharding:
+        pytest.importorskip("deepspeed", reason="pip install deepspeed (DS_BUILD_OPS=0 without a GPU)")
     result = subprocess.run(
         [*command, *([kill] if kill else [])], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -74,20 +83,21 @@ def alone(data_dir, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("processes", "batch_duration_s", "accumulation", "fsdp"),
+    ("processes", "batch_duration_s", "accumulation", "sharding"),
     [
-        pytest.param(1, 4.0, 2, False, id="accumulated"),
-        pytest.param(2, 9.0, 1, False, id="two processes"),
-        pytest.param(2, 2.0, 2, False, id="two processes, accumulated"),
-        pytest.param(2, 9.0, 1, True, id="FSDP2"),
+        pytest.param(1, 4.0, 2, "", id="accumulated"),
+        pytest.param(2, 9.0, 1, "", id="two processes"),
+        pytest.param(2, 2.0, 2, "", id="two processes, accumulated"),
+        pytest.param(2, 9.0, 1, "FSDP2", id="FSDP2"),
+        pytest.param(2, 9.0, 1, "ZeRO-2", id="ZeRO-2"),
     ],
 )
 def test_losses_and_weights_do_not_depend_on_how_a_step_is_divided(
-    alone, data_dir, tmp_path, processes, batch_duration_s, accumulation, fsdp
+    alone, data_dir, tmp_path, processes, batch_duration_s, accumulation, sharding
 ):
     options = {"max_steps": 2, "save_steps": 2, "gradient_accumulation_steps": accumulation}
     data = {"batch_duration_s": batch_duration_s}
-    train(tmp_path, data_dir, processes, fsdp=fsdp, data=data, training=options, stages=STAGES)
+    train(tmp_path, data_dir, processes, sharding=sharding, data=data, training=options, stages=STAGES)
     for stage in ("ctc", "llm"):
         expected, found = losses(alone / stage / "checkpoint-2"), losses(tmp_path / stage / "checkpoint-2")
         assert len(expected) == 2 and "ctc_loss" in expected[0]
@@ -102,14 +112,14 @@ def test_losses_and_weights_do_not_depend_on_how_a_step_is_divided(
         assert reports[0].audio_s == pytest.approx(reports[1].audio_s)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP2"])
-def test_two_processes_that_were_killed_go_on_to_the_same_weights(data_dir, tmp_path, fsdp):
+@pytest.mark.parametrize("sharding", ["", "FSDP2", "ZeRO-2"], ids=["DDP", "FSDP2", "ZeRO-2"])
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(data_dir, tmp_path, sharding):
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": 1, "optim": "adamw_torch"}
     sections = {"data": {"batch_duration_s": 2.0, "augment": True}, "training": options, "stages": STAGES[1:]}
-    train(tmp_path / "whole", data_dir, 2, fsdp=fsdp, **sections)
-    assert train(tmp_path / "pieces", data_dir, 2, kill="step:3", fsdp=fsdp, **sections) != 0
+    train(tmp_path / "whole", data_dir, 2, sharding=sharding, **sections)
+    assert train(tmp_path / "pieces", data_dir, 2, kill="step:3", sharding=sharding, **sections) != 0
     assert last_checkpoint(tmp_path / "pieces/llm") == str(tmp_path / "pieces/llm/checkpoint-2")
-    train(tmp_path / "pieces", data_dir, 2, fsdp=fsdp, **sections)
+    train(tmp_path / "pieces", data_dir, 2, sharding=sharding, **sections)
     assert_equal_weights(tmp_path / "whole/llm/final", tmp_path / "pieces/llm/final")
 
 

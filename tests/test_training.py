@@ -1,7 +1,9 @@
 """training/: options, data, which parts learn and how fast. Whole runs are in test_training_run.py."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from training.data_sources import Row, read_manifests
 from training.model_building import build_processor
 from training.row_reader import RowReader
 from training.train import main, set_trainable
-from training.trainer import parameter_groups
+from training.trainer import check_sharding, parameter_groups
 
 RATE = 16_000
 CONFIGS = Path(__file__).parent.parent / "training" / "configs"
@@ -576,3 +578,11 @@ def test_units_of_another_name_are_refused(base_folder):
         build_processor(ModelArguments(base_folder, base_folder, ctc_units="bytes"))
     with pytest.raises(ValueError, match="llm_units must be 'native' or 'ctc', got 'words'"):
         build_processor(ModelArguments(base_folder, base_folder, llm_units="words"))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_zero_3_is_refused(zero_stage):
+    arguments = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage))
+    refusal = pytest.raises(ValueError, match="ZeRO-3 divides .* choose FSDP2") if zero_stage == 3 else nullcontext()
+    with refusal:
+        check_sharding(arguments)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, set_seed
@@ -32,7 +33,7 @@ from training.lora import add_lora, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
-from training.trainer import SpeechLLMTrainer, check_report_to, final_norm
+from training.trainer import SpeechLLMTrainer, check_report_to, check_sharding, final_norm
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +202,7 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         RuntimeError: If a stage fails after it has begun to learn.
     """
     check_report_to([name for stage in stages for name in stage.training.report_to])
+    check_sharding(stages[0].training)
     set_seed(stages[0].training.seed)
     model, processor = build_model(stages[0].model)
     trained_names = already_trained(stages[0].model, model)
@@ -239,6 +241,7 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trainer.accelerator.wait_for_everyone()
         if stage is not stages[-1] and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             # The parameters stay divided or cast: the next stage starts from a fresh model and the weights on disk.
+            AcceleratorState._reset_state()  # which holds the stage's DeepSpeed plugin, and would refuse another
             run(stages, data_dir, only)
             return
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Seq2SeqTrainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_speechllm.assembly import RECIPE_NAME
@@ -277,6 +277,20 @@ def check_report_to(names: list[str]) -> None:
         packages = {"tensorboard": ("tensorboard", "tensorboardX")}.get(name, (name,))
         if name in ("tensorboard", "trackio", "wandb") and not any(map(importlib.util.find_spec, packages)):
             raise ValueError(f"training.report_to: {name} is not installed; pip install {name}, or set it to none.")
+
+
+def check_sharding(arguments: TrainingArguments) -> None:
+    """Refuse DeepSpeed ZeRO-3, which divides the weights while the model is built: it is used before it is trained.
+
+    Raises:
+        ValueError: If that is what the launcher asks for.
+    """
+    plugin = getattr(arguments, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed ZeRO-3 divides the weights before training has seen the whole model; choose FSDP2, which does so "
+            "later (training/configs/accelerate/fsdp2.yaml), or ZeRO-2."
+        )
 
 
 def parameter_groups(
