@@ -288,8 +288,8 @@ def check_sharding(arguments: TrainingArguments) -> None:
     plugin = getattr(arguments, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         raise ValueError(
-            "DeepSpeed ZeRO-3 divides the weights before training has seen the whole model; choose FSDP2, which does it "
-            "later (training/configs/accelerate/fsdp2.yaml), or ZeRO-2."
+            "DeepSpeed ZeRO-3 divides the weights before training has seen the whole model; choose FSDP2, which does "
+            "it later (training/configs/accelerate/fsdp2.yaml), or ZeRO-2."
         )
 
 
