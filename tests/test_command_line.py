@@ -291,7 +291,7 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
 
 
 def test_loading_names_the_model_and_leaves_clear_messages_alone(tmp_path):
-    message = r"^--lm: the default model cannot be loaded \(KeyError: 'x'\)$"
+    message = r"^the default model cannot be loaded \(KeyError: 'x'\)$"
     with pytest.raises(UsageError, match=message), loading("--lm", None):
         raise KeyError("x")
     with pytest.raises(UsageError, match="^clear$"), loading("--lm", tmp_path):

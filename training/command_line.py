@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import GenerationConfig
 
 from hf_speechllm.audio import one_line
 from hf_speechllm.combination import DecodingOptions
+from hf_speechllm.transcription import check_model_name, describe_load_error
 from training.evaluation_data import UsageError
 
 EXIT_USAGE = 2
-# transformers lists some five hundred of them behind this.
-_KNOWN_KINDS = " Model type should be one of "
 
 
 @contextmanager
@@ -50,41 +48,22 @@ def loading(option: str, model: str | Path | None) -> Iterator[None]:
         model: Folder, Hub id or `base:NAME`; None: the default model.
 
     Raises:
-        UsageError: From whatever is raised within, but for its own kind.
+        UsageError: There is no such folder and can be no such name on the Hub; or from whatever is raised within.
     """
-    name = "the default model" if model is None else str(model)
-    is_absent = model is not None and check_model_name(option, name)
+    if model is not None:
+        try:
+            check_model_name(option, str(model))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        reason = f"({type(error).__name__}: {one_line(error).partition(_KNOWN_KINDS)[0]})"
-        if is_absent:
-            raise UsageError(
-                f"{option}: no such folder: {name}; as a Hub id it cannot be loaded either {reason}"
-            ) from error
-        raise UsageError(f"{option}: {name} cannot be loaded {reason}") from error
-
-
-def check_model_name(option: str, name: str) -> bool:
-    """Refuse what is neither a folder nor `base:NAME` nor could be a Hub id.
-
-    Returns:
-        Whether it can be a Hub id only.
-
-    Raises:
-        UsageError: There is no such folder, or it is a file.
-    """
-    if name.startswith("base:") or Path(name).is_dir():
-        return False
-    if Path(name).exists():
-        raise UsageError(f"{option}: expected the folder of a model or a Hub id, got the file {name}")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UsageError(f"{option}: no such folder: {name}") from None
-    return True
+        if model is None:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UsageError(f"the default model cannot be loaded ({reason})") from error
+        raise UsageError(describe_load_error(option, str(model), error)) from error
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
