@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import GenerationConfig
 
 from hf_speechllm.audio import one_line
@@ -24,7 +25,7 @@ EXIT_USAGE = 2
 def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]:
     """Where the user has to change something, end the process with exit status 2 and one line on standard error.
 
-    That is what a ValueError says ([`UsageError`] is one), an OSError or an ImportError.
+    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError.
 
     Args:
         command: Its name, which the line begins with.
@@ -32,7 +33,7 @@ def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, *others) as error:
+    except (OSError, ValueError, ImportError, yaml.YAMLError, *others) as error:
         file = getattr(error, "filename", None)
         where = "" if file is None or not getattr(error, "strerror", None) else f"{file}: "
         print(f"{command}: error: {where}{one_line(error)}", file=sys.stderr)
@@ -74,15 +75,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1; `None` is fine.
+    """Refuse numbers below 1, alone or in lists; `None` is fine.
 
     Raises:
         UsageError: For the first one that is.
     """
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
 def check_folder(option: str, path: Path) -> None:
