@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -189,6 +190,12 @@ def main() -> None:
     if arguments.worker is not None:
         run_peer(*arguments.worker, arguments.beam[0], arguments.runs)
         return
+    from training.command_line import check_at_least_one, errors_in_one_line  # which the peers do not have
+
+    with errors_in_one_line("ctc_beam_search"):
+        check_at_least_one(arguments, "frames", "labels", "beam", "utterances", "runs")
+        if arguments.peer_python is not None and shutil.which(arguments.peer_python) is None:
+            raise FileNotFoundError(f"--peer-python: expected a program, got {arguments.peer_python}")
     print("| A | T | beam | B | ctc_beam_search, ms | merged, ms (same best) | flashlight-text, ms | pyctcdecode, ms |")
     print("|--:|--:|--:|--:|--:|--:|--:|--:|")
     for num_labels in arguments.labels:

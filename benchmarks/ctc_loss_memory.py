@@ -72,6 +72,10 @@ def main() -> None:
     if arguments.system is not None:
         print(json.dumps(measure(arguments.system, arguments)))
         return
+    from training.command_line import check_at_least_one, errors_in_one_line  # memory that is not to be measured
+
+    with errors_in_one_line("ctc_loss_memory"):
+        check_at_least_one(arguments, "labels", "frames", "utterances", "width", "targets")
     count = arguments.utterances * arguments.frames * (arguments.labels + 1)
     print(f"logits in float32: {4 * count / MIB:.0f} MiB; ", end="")
     print(f"gradient of the head in float32: {4 * arguments.width * (arguments.labels + 1) / MIB:.0f} MiB\n")

@@ -35,6 +35,8 @@ import torch
 from torch import Tensor
 
 from hf_speechllm.ctc_prefix_score import LOG_PROB_FLOOR, CTCPrefixScorer
+from training.command_line import check_at_least_one, errors_in_one_line
+from training.evaluation_data import UsageError
 
 NUM_BEAMS = 8
 NUM_CANDIDATES = 32
@@ -341,6 +343,13 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=20.0, help="per run of one system (default: %(default)s)")
     parser.add_argument("--max-gib", type=float, default=6.0, help="memory per system (default: %(default)s)")
     args = parser.parse_args()
+    with errors_in_one_line("prefix_scoring"):
+        check_at_least_one(args, "utterances")
+        for name, smallest in (("frames", FRAMES_PER_LABEL), ("labels", NUM_CANDIDATES + 2)):
+            if min(getattr(args, name)) < smallest:
+                raise UsageError(f"--{name}: expected at least {smallest}, got {min(getattr(args, name))}")
+        if args.peers is not None and not args.peers.is_dir():
+            raise UsageError(f"--peers: no such folder: {args.peers}")
     if args.quick:
         args.utterances, args.frames, args.labels = [1], [250], [1_000, 10_000]
     if args.peers is not None:

@@ -30,6 +30,8 @@ from hf_speechllm import modeling_speechllm
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME
 from hf_speechllm.default_model import TRAINED_PARTS
 from training.arguments import Stage, read_run, stages_of
+from training.command_line import errors_in_one_line
+from training.evaluation_data import UsageError
 from training.model_building import build_model
 from training.train import build_trainer, set_trainable
 from training.trainer import SpeechLLMTrainer
@@ -195,6 +197,21 @@ def padded_usual_loss(
     )
 
 
+def print_table(arguments: argparse.Namespace) -> None:
+    """The figures of all rows, each measured in a process of its own."""
+    print("| | audio hours per hour | steps per minute | peak MiB |\n|:--|--:|--:|--:|", flush=True)
+    options = ["--manifests", *arguments.manifests, "--steps", str(arguments.steps), "--json"]
+    for name in arguments.row or ROWS:
+        command = [sys.executable, "-m", "benchmarks.training_speed", *options, "--row", name]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures = json.loads(output.splitlines()[-1])
+        print(
+            f"| {ROWS[name].title} | {figures['audio_hours_per_hour']:.1f} | {60 * figures['steps_per_s']:.1f} "
+            f"| {figures['peak_mib']:.0f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,22 +233,13 @@ def main() -> None:
     )
     add("--json", action="store_true", help="measure the one --row here and print JSON")
     arguments = parser.parse_args()
-    if arguments.steps < 2:
-        parser.error("--steps: expected at least 2, since the first is not counted")
-    if arguments.json:
-        print(json.dumps(measure(ROWS[arguments.row[0]], arguments.manifests, arguments.steps)))
-        return
-    print("| | audio hours per hour | steps per minute | peak MiB |\n|:--|--:|--:|--:|", flush=True)
-    options = ["--manifests", *arguments.manifests, "--steps", str(arguments.steps), "--json"]
-    for name in arguments.row or ROWS:
-        command = [sys.executable, "-m", "benchmarks.training_speed", *options, "--row", name]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        figures = json.loads(output.splitlines()[-1])
-        print(
-            f"| {ROWS[name].title} | {figures['audio_hours_per_hour']:.1f} | {60 * figures['steps_per_s']:.1f} "
-            f"| {figures['peak_mib']:.0f} |",
-            flush=True,
-        )
+    with errors_in_one_line("training_speed", subprocess.SubprocessError):
+        if arguments.steps < 2:
+            raise UsageError(f"--steps: expected at least 2, since the first is not counted, got {arguments.steps}")
+        if arguments.json:
+            print(json.dumps(measure(ROWS[arguments.row[0]], arguments.manifests, arguments.steps)))
+        else:
+            print_table(arguments)
 
 
 if __name__ == "__main__":

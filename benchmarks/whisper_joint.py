@@ -33,7 +33,8 @@ from hf_speechllm.hypothesis import Hypothesis
 from hf_speechllm.metrics import normalize_english, paired_bootstrap, word_errors
 from hf_speechllm.rescoring import rescore_nbest
 from hf_speechllm.scale_tuning import tune_scales
-from training.command_line import check_at_least_one, check_folder, check_model_name, errors_in_one_line
+from hf_speechllm.transcription import check_model_name
+from training.command_line import check_at_least_one, check_folder, errors_in_one_line
 from training.evaluate_asr import weights_stamp
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest
 from training.leaderboard import leaderboard_normalizer

@@ -1,6 +1,7 @@
 """The command line: `speechllm transcribe recording.wav`."""
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import pipeline
 from transformers.utils import logging
@@ -20,7 +20,20 @@ from .audio import AUDIO_SUFFIXES, one_line
 from .default_model import default_model
 from .reference_report import ReferenceReport, ReferencesError, read_references
 from .transcript_formats import FORMATS, SUFFIXES
-from .transcription import DEFAULT_MAX_DURATION_S, FailedRecording, Recognizer, Recording, Transcript, transcribe
+from .transcription import (
+    DECODING_MODES,
+    DEFAULT_MAX_DURATION_S,
+    FailedRecording,
+    Recognizer,
+    Recording,
+    Transcript,
+    check_device,
+    check_model_name,
+    describe_load_error,
+    describe_modes,
+    mode_options,
+    transcribe,
+)
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 STDIN_NAME = "stdin"
@@ -28,7 +41,11 @@ STDIN_NAME = "stdin"
 _DESCRIPTION = """\
 Transcribe recordings. wav, flac, ogg and mp3 are read natively, other formats through ffmpeg. Recordings longer than
 the model's training length are cut at pauses; a segment without any sound gets an empty text."""
-_EPILOG = """\
+_EPILOG = f"""\
+modes of a speech LLM:
+{describe_modes()}
+Further options of generate go with them, such as --mode rescoring --generate '{{"lm_weight": 0.4}}'.
+
 exit status: 0 all recordings transcribed, 1 some failed (one line each on standard error), 2 wrong usage or model.
 With several recordings, text output has one line per recording: its name, a tab, its text."""
 
@@ -68,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     command = commands.add_parser(
         "transcribe",
-        allow_abbrev=False,  # --mode would be taken for --model
+        allow_abbrev=False,  # --mod would be taken for --model
         help="transcribe files, folders or standard input",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -79,8 +96,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", help="folder or Hub id of any Hugging Face ASR model (default: the model of this package)")
     add("--format", choices=sorted(FORMATS), default="text", help="output format (default: text)")
     add("--output-dir", type=Path, metavar="DIR", help="write one file per recording there, not to standard output")
+    add(
+        "--mode",
+        choices=list(DECODING_MODES),
+        metavar="MODE",
+        help=f"how a speech LLM decodes: {', '.join(DECODING_MODES)} (default: what the model is set to; see below)",
+    )
     add("--ctc-weight", type=_weight, metavar="F", help="weight of the CTC score in decoding (default: the model's)")
     add("--num-beams", type=_positive, metavar="N", help="beams of the search (default: the model's)")
+    add(
+        "--generate",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="further options of generate, such as '{\"max_new_tokens\": 80}' (default: none)",
+    )
     add("--batch-size", type=_positive, default=1, metavar="N", help="segments per batch (default: 1)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator when there is one)")
     add(
@@ -144,14 +174,11 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
     started = time.perf_counter()
     pipe = _load_pipeline(arguments.model, arguments.device)
     load_s = time.perf_counter() - started
-    options = {"ctc_weight": arguments.ctc_weight, "num_beams": arguments.num_beams}
-    generate_kwargs = {name: value for name, value in options.items() if value is not None}
     model = arguments.model or "the default model"
-    if generate_kwargs and pipe.type in ("ctc", "ctc_with_lm"):
-        raise UsageError(f"{model} is a pure CTC model, which takes neither --ctc-weight nor --num-beams; drop them")
+    generate_kwargs = decoding_options(arguments, pipe, model)
     sampling_rate = pipe.feature_extractor.sampling_rate
     short = {"max_new_tokens": 4} if pipe.model.can_generate() else {}
-    warm_up = Recognizer(pipe, sampling_rate, generate_kwargs={**generate_kwargs, **short})
+    warm_up = Recognizer(pipe, sampling_rate, generate_kwargs={**short, **generate_kwargs})
     try:
         list(warm_up.stream(iter([np.zeros(sampling_rate, dtype=np.float32)])))
     except Exception as error:
@@ -168,25 +195,55 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
     return recognizer, load_s
 
 
+def decoding_options(arguments: argparse.Namespace, pipe: Any, model: str) -> dict[str, Any]:
+    """Options of `generate` that were given; what `generate` says of their values is left to the warm-up.
+
+    Raises:
+        UsageError: one is given twice, does not go with the mode, or is not for this kind of model.
+    """
+    options = {"ctc_weight": arguments.ctc_weight, "num_beams": arguments.num_beams}
+    given = {name: value for name, value in options.items() if value is not None}
+    mode = {} if arguments.mode is None else mode_options(arguments.mode)
+    if (given or mode or arguments.generate) and pipe.type in ("ctc", "ctc_with_lm"):
+        raise UsageError(
+            f"{model} is a pure CTC model, which takes none of --mode, --ctc-weight, --num-beams and --generate; "
+            "drop them"
+        )
+    for name in arguments.generate.keys() & {*given, *(["mode"] if mode else [])}:
+        raise UsageError(f"--generate: {name} is given by --{name.replace('_', '-')} too; give it once")
+    options = {**given, **arguments.generate}
+    if not mode:
+        return options
+    kind = getattr(pipe.model.config, "model_type", None)
+    if kind != "speechllm":
+        raise UsageError(f"--mode: is for speech LLMs of this package, {model} is a {kind} model; drop it")
+    if "ctc_weight" in options and arguments.mode != "joint":
+        raise UsageError(f"ctc_weight: goes with --mode joint, got --mode {arguments.mode}; drop it")
+    if "num_beams" in options and arguments.mode not in ("joint", "llm"):
+        raise UsageError(
+            f"num_beams: goes with --mode joint or llm, got --mode {arguments.mode}; drop it, a search over CTC labels "
+            "has its width from ctc_beam_size (--generate)"
+        )
+    return {**options, **mode}
+
+
 def _load_pipeline(model: str | None, device: str | None) -> Any:
-    if device is not None:
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise UsageError(f"--device: expected cpu, cuda, cuda:0, mps or the like, got {device!r}") from None
+    try:
+        if device is not None:
+            check_device(device)
+        if model is not None:
+            check_model_name("--model", model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if model is None:
         model = _assemble_default_model()
-    elif model.startswith((".", os.sep)) and not Path(model).is_dir():
-        raise UsageError(f"--model: no such folder: {model}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {} if device is None else {"device": device}
     try:
         return pipeline("automatic-speech-recognition", model=model, **options)
     except Exception as error:
-        raise UsageError(
-            f"--model: {model} cannot be loaded for speech recognition ({type(error).__name__}: {one_line(error)})"
-        ) from error
+        raise UsageError(describe_load_error("--model", model, error)) from error
 
 
 def _assemble_default_model() -> str:
@@ -292,6 +349,16 @@ def _positive(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Transcribe many recordings of any length with a speech recognition pipeline.
+"""Transcribe many recordings of any length with a speech recognition pipeline, as command lines ask for it.
 
 Recordings longer than the model's training length are cut at pauses; pieces of all recordings share the batches. A
 recording that fails, fails alone.
@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .audio import AudioError, one_line, stream_audio
 from .segmentation import Segment, split_blocks
 
 DEFAULT_MAX_DURATION_S = 30.0
+# transformers lists some five hundred of them behind this.
+_KNOWN_KINDS = " Model type should be one of "
 # How a speech LLM can decode, as command lines name it. All but "joint" are modes of `generate`.
 DECODING_MODES = {
     "joint": "speech LLM and CTC jointly",
@@ -47,6 +51,59 @@ def mode_options(mode: str) -> dict[str, Any]:
 def describe_modes() -> str:
     """A line about each of DECODING_MODES, for the help of a command."""
     return "\n".join(f"  {mode:<16}{description}" for mode, description in DECODING_MODES.items())
+
+
+def check_model_name(option: str, name: str) -> bool:
+    """Refuse what is neither a folder nor `base:NAME` nor could be a Hub id.
+
+    Args:
+        option: What the model is called on the command line.
+        name: The model.
+
+    Returns:
+        Whether it can be a Hub id only.
+
+    Raises:
+        ValueError: There is no such folder, or it is a file.
+    """
+    if name.startswith("base:") or Path(name).is_dir():
+        return False
+    if Path(name).exists():
+        raise ValueError(f"{option}: expected the folder of a model or a Hub id, got the file {name}")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ValueError(f"{option}: no such folder: {name}") from None
+    return True
+
+
+def describe_load_error(option: str, name: str, error: Exception) -> str:
+    """A line about a model that cannot be loaded; above all that there is no such folder, if there is none.
+
+    Args:
+        option, name: As of [`check_model_name`], which the name has passed.
+        error: What was raised.
+    """
+    reason = f"({type(error).__name__}: {one_line(error).partition(_KNOWN_KINDS)[0]})"
+    if check_model_name(option, name):
+        return f"{option}: no such folder: {name}; as a Hub id it cannot be loaded either {reason}"
+    return f"{option}: {name} cannot be loaded {reason}"
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or cannot use.
+
+    Raises:
+        ValueError: It is such a one.
+    """
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda, cuda:0, mps or the like, got {device!r}") from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # it differs from device to device
+        raise ValueError(f"--device: {device} cannot be used ({one_line(error)})") from error
 
 
 @dataclass(frozen=True)

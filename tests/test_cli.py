@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+import transformers
 
 from hf_speechllm import cli
 from hf_speechllm.transcript_formats import to_srt, to_vtt
@@ -26,11 +27,19 @@ class FakePipeline:
     The text names the whole seconds of audio, as in "about 3 seconds".
     """
 
-    def __init__(self, kind: str = "seq2seq", sampling_rate: int = RATE, max_duration_s: float | None = None):
+    def __init__(
+        self,
+        kind: str = "seq2seq",
+        sampling_rate: int = RATE,
+        max_duration_s: float | None = None,
+        model_type: str = "speechllm",
+    ):
         self.type = kind
         self.device = "cpu"
         self.feature_extractor = SimpleNamespace(sampling_rate=sampling_rate)
-        config = SimpleNamespace() if max_duration_s is None else SimpleNamespace(max_audio_duration_s=max_duration_s)
+        config = SimpleNamespace(model_type=model_type)
+        if max_duration_s is not None:
+            config.max_audio_duration_s = max_duration_s
         self.model = SimpleNamespace(can_generate=lambda: kind == "seq2seq", config=config)
         self.loaded: tuple = ()
         self.calls: list[dict] = []
@@ -106,6 +115,73 @@ def test_options_reach_the_model(pipe, tmp_path):
     assert pipe.loaded[2] == {"device": "cpu"}
     assert pipe.calls[0]["generate_kwargs"] == {"ctc_weight": 0.3, "num_beams": 4, "max_new_tokens": 4}
     assert pipe.calls[1] == {"batch_size": 8, "generate_kwargs": {"ctc_weight": 0.3, "num_beams": 4}}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--mode", "ctc_greedy"], {"mode": "ctc_greedy"}),
+        (["--mode", "llm"], {"mode": "llm", "ctc_weight": 0.0}),
+        (
+            ["--mode", "joint", "--ctc-weight", "0.3", "--num-beams", "4"],
+            {"mode": "llm", "ctc_weight": 0.3, "num_beams": 4},
+        ),
+        (["--mode", "rescoring", "--generate", '{"lm_weight": 0.4}'], {"mode": "rescoring", "lm_weight": 0.4}),
+        (["--generate", '{"max_new_tokens": 9}', "--num-beams", "2"], {"max_new_tokens": 9, "num_beams": 2}),
+    ],
+)
+def test_mode_and_further_options_reach_the_model(pipe, tmp_path, options, expected):
+    assert run(write(tmp_path / "a.wav", 2), *options) == 0
+    assert pipe.calls[0]["generate_kwargs"] == {"max_new_tokens": 4, **expected}
+    assert pipe.calls[1]["generate_kwargs"] == expected
+
+
+def test_the_modes_are_those_of_the_model(loud_model_folder, tmp_path, capsys):
+    """The texts are those of the pipeline in these modes, which differ."""
+    recording = write(tmp_path / "a.wav", 1)
+    transcriber = transformers.pipeline("automatic-speech-recognition", model=str(loud_model_folder))
+    texts = []
+    for mode, options in (("llm", {"num_beams": 2}), ("ctc_greedy", {}), ("rescoring", {"lm_weight": 2.0})):
+        arguments = ["--mode", mode, "--generate", json.dumps(options)]
+        assert cli.main(["transcribe", "--model", str(loud_model_folder), str(recording), *arguments]) == 0
+        texts.append(capsys.readouterr().out.strip())
+        weight = {"ctc_weight": 0.0} if mode == "llm" else {}
+        assert texts[-1] == transcriber(str(recording), mode=mode, **options, **weight)["text"]
+    assert len(set(texts)) == 3
+    unknown = ["--model", str(loud_model_folder), "--generate", '{"lm_wait": 1}']
+    assert cli.main(["transcribe", str(recording), *unknown]) == 2
+    message = capsys.readouterr().err
+    assert "does not work with these options (ValueError: " in message and "['lm_wait']" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "llm", "--ctc-weight", "0.3"], "ctc_weight: goes with --mode joint, got --mode llm; drop it"),
+        (
+            ["--mode", "ctc_beam", "--generate", '{"num_beams": 2}'],
+            "num_beams: goes with --mode joint or llm, got --mode ctc",
+        ),
+        (["--mode", "llm", "--generate", '{"mode": "llm"}'], "--generate: mode is given by --mode too; give it once"),
+        (["--num-beams", "2", "--generate", '{"num_beams": 2}'], "--generate: num_beams is given by --num-beams too"),
+    ],
+)
+def test_options_that_do_not_go_together(pipe, tmp_path, capsys, options, message):
+    assert message in usage_error(capsys, write(tmp_path / "a.wav", 2), *options)
+
+
+def test_models_of_others_have_no_modes(monkeypatch, tmp_path, capsys):
+    recording = write(tmp_path / "a.wav", 2)
+    fake = install(monkeypatch, FakePipeline(model_type="whisper"))
+    assert usage_error(capsys, recording, "--mode", "llm") == (
+        "--mode: is for speech LLMs of this package, some/model is a whisper model; drop it"
+    )
+    assert run(recording, "--generate", '{"language": "en"}') == 0
+    assert fake.calls[-1]["generate_kwargs"] == {"language": "en"}
+    capsys.readouterr()
+    install(monkeypatch, FakePipeline("ctc", model_type="wav2vec2"))
+    for options in (["--mode", "ctc_greedy"], ["--generate", '{"lm_weight": 1}']):
+        assert "some/model is a pure CTC model, which takes none of --mode," in usage_error(capsys, recording, *options)
 
 
 def test_folder_is_searched_recursively(pipe, tmp_path, capsys):
@@ -342,15 +418,19 @@ def test_wrong_models(pipe, tmp_path, capsys, monkeypatch):
     assert usage_error(capsys, recording, "--device", "gpu") == (
         "--device: expected cpu, cuda, cuda:0, mps or the like, got 'gpu'"
     )
-    assert usage_error(capsys, recording, "--model", "./none") == "--model: no such folder: ./none"
+    assert usage_error(capsys, recording, "--device", "cuda:99").startswith("--device: cuda:99 cannot be used (")
+    for name in ("./none", "run/llm/final"):
+        assert usage_error(capsys, recording, "--model", name) == f"--model: no such folder: {name}"
+    assert usage_error(capsys, recording, "--model", recording) == (
+        f"--model: expected the folder of a model or a Hub id, got the file {recording}"
+    )
 
     def refuse(*arguments, **options):
         raise OSError("no such\nmodel")
 
     install(monkeypatch, FakePipeline("ctc"))
-    assert usage_error(capsys, recording, "--num-beams", 2) == (
-        "some/model is a pure CTC model, which takes neither --ctc-weight nor --num-beams; drop them"
-    )
+    message = "is a pure CTC model, which takes none of --mode, --ctc-weight, --num-beams and --generate; drop them"
+    assert usage_error(capsys, recording, "--num-beams", 2) == f"some/model {message}"
     assert run(recording) == 0
     capsys.readouterr()
     broken = install(monkeypatch, FakePipeline())
@@ -358,8 +438,12 @@ def test_wrong_models(pipe, tmp_path, capsys, monkeypatch):
     message = "some/model does not work with these options (OSError: no such model)"
     assert usage_error(capsys, recording) == message
     monkeypatch.setattr(cli, "pipeline", refuse)
-    message = "--model: some/model cannot be loaded for speech recognition (OSError: no such model)"
-    assert usage_error(capsys, recording) == message
+    assert usage_error(capsys, recording) == (
+        "--model: no such folder: some/model; as a Hub id it cannot be loaded either (OSError: no such model)"
+    )
+    assert usage_error(capsys, recording, "--model", tmp_path) == (
+        f"--model: {tmp_path} cannot be loaded (OSError: no such model)"
+    )
 
 
 def test_default_model(pipe, tmp_path, capsys, monkeypatch):
@@ -388,7 +472,13 @@ def test_default_model(pipe, tmp_path, capsys, monkeypatch):
         (["a", "--ctc-weight", "nan"], "argument --ctc-weight: expected a number of at least 0, got 'nan'"),
         (["a", "--ctc-weight", "much"], "argument --ctc-weight: expected a number of at least 0, got 'much'"),
         (["a", "--format", "doc"], "argument --format: invalid choice: 'doc'"),
-        (["a", "--mode", "ctc_greedy"], "unrecognized arguments: --mode"),
+        (["a", "--mod", "ctc_greedy"], "unrecognized arguments: --mod"),
+        (
+            ["a", "--mode", "greedy"],
+            "argument --mode: invalid choice: 'greedy' (choose from 'joint', 'llm', 'ctc_greedy'",
+        ),
+        (["a", "--generate", "{"], "argument --generate: expected a JSON object, got '{'"),
+        (["a", "--generate", "[]"], "argument --generate: expected a JSON object, got '[]'"),
     ],
 )
 def test_wrong_arguments(arguments, message, capsys):

@@ -194,6 +194,14 @@ MISTAKES = [
     ((*GAMES, "--out", "out", "--dev-out", "dev", "--threads", "0"), "--threads: expected at least 1, got 0"),
     (("real_speech", "--out", "0.wav"), "--out: expected a folder, got the file 0.wav"),
     (("texts", "--cache", "0.wav"), "--cache: expected a folder, got the file 0.wav"),
+    (("benchmarks.joint_decoding", "--model", "./absent"), "--model: no such folder: ./absent"),
+    (("benchmarks.joint_decoding", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
+    (("benchmarks.training_speed", "--manifests", "good.jsonl", "--steps", "1"), "--steps: expected at least 2"),
+    (("benchmarks.ctc_beam_search", "--peer-python", "./absent"), "--peer-python: expected a program, got ./absent"),
+    (("benchmarks.ctc_beam_search", "--frames", "5", "0"), "--frames: expected at least 1, got 0"),
+    (("benchmarks.ctc_loss_memory", "--labels", "0"), "--labels: expected at least 1, got 0"),
+    (("benchmarks.prefix_scoring", "--labels", "5"), "--labels: expected at least 34, got 5"),
+    (("benchmarks.prefix_scoring", "--peers", "absent"), "--peers: no such folder: absent"),
 ]
 
 
@@ -205,11 +213,12 @@ def test_a_mistake_is_one_line_and_exit_status_2(place, command, message, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("sys.argv", list(command))
     before = {path.name for path in place.iterdir()}
+    module = command[0] if "." in command[0] else f"training.{command[0]}"
     with pytest.raises(SystemExit) as caught:
-        importlib.import_module(f"training.{command[0]}").main()
+        importlib.import_module(module).main()
     assert caught.value.code == 2
     *steps, line = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{command[0]}: error: ") and message in line
+    assert line.startswith(f"{module.split('.')[1]}: error: ") and message in line
     assert all(step.startswith("publish: ") for step in steps)
     assert {path.name for path in place.iterdir()} == before, "nothing is written"
 
@@ -291,7 +300,7 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
 
 
 def test_loading_names_the_model_and_leaves_clear_messages_alone(tmp_path):
-    message = r"^--lm: the default model cannot be loaded \(KeyError: 'x'\)$"
+    message = r"^the default model cannot be loaded \(KeyError: 'x'\)$"
     with pytest.raises(UsageError, match=message), loading("--lm", None):
         raise KeyError("x")
     with pytest.raises(UsageError, match="^clear$"), loading("--lm", tmp_path):

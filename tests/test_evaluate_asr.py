@@ -290,7 +290,8 @@ def test_modes_results_comparison_and_report(folder, reference, tmp_path, capsys
     ]
     arguments += ["--generate", '{"num_beams": 2}', "--compare", str(folder / "reference.joint.jsonl")]
     run(folder, *arguments, "--report", str(report), "--embed-audio")
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
+    assert "utt/s" not in errors, "no progress bars between the rows where they would stay"
     written = [json.loads(line) for line in results.read_text().splitlines()]
     assert [row["mode"] for row in written] == ["joint", "llm", "ctc_greedy"]
     assert written[0]["options"] == {"num_beams": 2, "mode": "llm"}

@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+import yaml
 from transformers import GenerationConfig
 
 from hf_speechllm.audio import one_line
 from hf_speechllm.combination import DecodingOptions
+from hf_speechllm.transcription import check_model_name, describe_load_error
 from training.evaluation_data import UsageError
 
 EXIT_USAGE = 2
-# transformers lists some five hundred of them behind this.
-_KNOWN_KINDS = " Model type should be one of "
 
 
 @contextmanager
 def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]:
     """Where the user has to change something, end the process with exit status 2 and one line on standard error.
 
-    That is what a ValueError says ([`UsageError`] is one), an OSError or an ImportError.
+    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError.
 
     Args:
         command: Its name, which the line begins with.
@@ -34,7 +33,7 @@ def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, *others) as error:
+    except (OSError, ValueError, ImportError, yaml.YAMLError, *others) as error:
         file = getattr(error, "filename", None)
         where = "" if file is None or not getattr(error, "strerror", None) else f"{file}: "
         print(f"{command}: error: {where}{one_line(error)}", file=sys.stderr)
@@ -50,41 +49,22 @@ def loading(option: str, model: str | Path | None) -> Iterator[None]:
         model: Folder, Hub id or `base:NAME`; None: the default model.
 
     Raises:
-        UsageError: From whatever is raised within, but for its own kind.
+        UsageError: There is no such folder and can be no such name on the Hub; or from whatever is raised within.
     """
-    name = "the default model" if model is None else str(model)
-    is_absent = model is not None and check_model_name(option, name)
+    if model is not None:
+        try:
+            check_model_name(option, str(model))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
-        reason = f"({type(error).__name__}: {one_line(error).partition(_KNOWN_KINDS)[0]})"
-        if is_absent:
-            raise UsageError(
-                f"{option}: no such folder: {name}; as a Hub id it cannot be loaded either {reason}"
-            ) from error
-        raise UsageError(f"{option}: {name} cannot be loaded {reason}") from error
-
-
-def check_model_name(option: str, name: str) -> bool:
-    """Refuse what is neither a folder nor `base:NAME` nor could be a Hub id.
-
-    Returns:
-        Whether it can be a Hub id only.
-
-    Raises:
-        UsageError: There is no such folder, or it is a file.
-    """
-    if name.startswith("base:") or Path(name).is_dir():
-        return False
-    if Path(name).exists():
-        raise UsageError(f"{option}: expected the folder of a model or a Hub id, got the file {name}")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UsageError(f"{option}: no such folder: {name}") from None
-    return True
+        if model is None:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UsageError(f"the default model cannot be loaded ({reason})") from error
+        raise UsageError(describe_load_error(option, str(model), error)) from error
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -95,15 +75,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def check_at_least_one(arguments: argparse.Namespace, *names: str) -> None:
-    """Refuse numbers below 1; `None` is fine.
+    """Refuse numbers below 1, alone or in lists; `None` is fine.
 
     Raises:
         UsageError: For the first one that is.
     """
     for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
 
 
 def check_folder(option: str, path: Path) -> None:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
-from hf_speechllm.audio import one_line
 from hf_speechllm.combination import check_given_options
-from hf_speechllm.transcription import DECODING_MODES
+from hf_speechllm.transcription import DECODING_MODES, check_device
 from hf_speechllm.transcription import mode_options as speech_llm_options
 from training.command_line import loading
 from training.evaluation_data import UsageError
@@ -72,7 +70,8 @@ def load_pipeline(model: str | None, device: str, option: str = "--model") -> Au
         option: what `model` is called on the command line.
 
     Raises:
-        UsageError: there is no such model, or it recognises no speech; there is no such device.
+        UsageError: there is no such model, or it recognises no speech.
+        ValueError: there is no such device.
     """
     check_device(device)
     with loading(option, model):
@@ -88,20 +87,6 @@ def load_pipeline(model: str | None, device: str, option: str = "--model") -> Au
                 device=device,
             )
         return pipeline("automatic-speech-recognition", model=model, device=device)
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: PyTorch cannot use it.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what it raises differs from device to device
-        raise UsageError(
-            f"--device: expected cpu, cuda, cuda:0, mps or the like that is there, got {device!r} ({one_line(error)})"
-        ) from error
 
 
 def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:

@@ -13,8 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hf_speechllm.assembly import resolve_model
+from hf_speechllm.transcription import check_model_name
 from hf_speechllm.vocabulary import build_language_model
-from training.command_line import check_folder, check_model_name, errors_in_one_line, loading
+from training.command_line import check_folder, errors_in_one_line, loading
 from training.row_reader import NORMALIZATIONS
 from training.text_sources import read_texts
 
