@@ -5,7 +5,8 @@
 A file is made of the prompts of the manifest in their order, again from the first where they do not suffice, with
 silence between them and exactly as long as asked. It goes the way of a user's file (`speechllm transcribe`): decoded
 block by block, cut at pauses, recognised piece by piece; each file in a process of its own with one CPU thread. The
-prompts alone are decoded by `training.evaluate_asr`; a run that was interrupted goes on there.
+prompts alone are decoded by `training.evaluate_asr`, with the settings of benchmarks/systems.py, whose --output serves
+here too; a run that was interrupted goes on there.
 
 *WER*: of all words of the file in one alignment, percent, after Whisper's English normaliser; of the prompts likewise,
 their texts put together in the order of the file. *cuts in prompts*: pieces that begin within a prompt. *RTFx*: seconds
@@ -107,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> None:
     utterances = read_manifest(arguments.data)
     plans = [place(utterances, minutes, arguments.pause_s) for minutes in arguments.minutes]
     needed = 1 + max(placed.index for plan in plans for placed in plan)
-    texts = prompt_texts(arguments, needed)
+    texts = prompt_texts(arguments, None if needed == len(utterances) else needed)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for minutes, plan in zip(arguments.minutes, plans, strict=True):
@@ -166,10 +167,10 @@ def write_flac(path: Path, utterances: Sequence[Utterance], plan: Sequence[Place
         file.write(np.zeros(num_samples(60 * minutes) - position, np.float32))
 
 
-def prompt_texts(arguments: argparse.Namespace, count: int) -> list[str]:
-    """What is recognised in the first prompts, one by one."""
+def prompt_texts(arguments: argparse.Namespace, count: int | None) -> list[str]:
+    """What is recognised in the first prompts, each a recording of its own; None: in all of them."""
     system = SYSTEMS[arguments.mode]
-    settings = Settings(arguments.data, arguments.output, arguments.model, limit=count, batch_size=1)
+    settings = Settings(arguments.data, arguments.output, arguments.model, limit=count)
     arguments.output.mkdir(parents=True, exist_ok=True)
     run_module("training.evaluate_asr", command(system, settings))
     prefix = arguments.output / f"{system.name}.{system.mode}"
