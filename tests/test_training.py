@@ -246,6 +246,18 @@ def test_offset_and_duration_cut_exactly_those_samples_out_of_a_file(tmp_path):
         assert example["waveform"].dtype == np.float32 and example["text"] == "some"
 
 
+def test_a_manifest_that_is_no_utf_8_is_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"audio_filepath": "\xff"}\n')
+    with pytest.raises(ValueError, match="bad.jsonl: expected UTF-8"):
+        read_manifests(["*.jsonl"], tmp_path)
+
+
+def test_a_manifest_line_without_an_audio_file_is_a_row_without_audio(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": null, "text": "a", "duration": 1.0}\n')
+    (row,) = read_manifests(["*.jsonl"], tmp_path)
+    assert row.audio is None
+
+
 def test_a_manifest_pattern_without_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"manifest 'a/\*.jsonl' matches no file in .*; a manifest has"):
         read_manifests(["a/*.jsonl"], tmp_path)

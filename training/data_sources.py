@@ -261,7 +261,7 @@ def read_manifests(patterns: list[str], data_dir: str | Path) -> list[Row]:
     """Rows of all manifests that match; `audio_filepath` is relative to its manifest.
 
     Raises:
-        ValueError: If a pattern matches no file, or a line is no JSON object or lacks a field.
+        ValueError: If a pattern matches no file, a file is no UTF-8, or a line is no JSON object or lacks a field.
     """
     rows = []
     for pattern in patterns:
@@ -272,12 +272,17 @@ def read_manifests(patterns: list[str], data_dir: str | Path) -> list[Row]:
                 "audio_filepath, text and duration."
             )
         for path in paths:
-            for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                lines = Path(path).read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: expected UTF-8 ({error}).") from None
+            for number, line in enumerate(lines, 1):
                 entry = _json_object(line, f"{path}:{number}")
                 missing = {"audio_filepath", "text", "duration"} - set(entry)
                 if missing:
                     raise ValueError(f"{path}:{number}: field {sorted(missing)[0]!r} is missing.")
-                audio = Path(path).parent / entry["audio_filepath"]
+                name = entry["audio_filepath"]
+                audio = Path(path).parent / name if isinstance(name, str) else None
                 rows.append(Row(path, number, audio, entry["text"], entry["duration"], entry.get("offset", 0.0)))
     return rows
 

@@ -482,7 +482,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder for the data, about 4 GB")
     parser.add_argument("--output-dir", type=Path, required=True, help="folder of the run")
     parser.add_argument("--cache", type=Path, help="folder for fetched packages (default: DATA_DIR/cache)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on hours, steps and evaluated utterances")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on hours, steps and evaluated utterances (default: 1)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that synthesise (default: 1)")
     arguments = vars(parser.parse_intermixed_args())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
