@@ -144,6 +144,40 @@ def word_times(
     return [_word(word, parts, seconds_per_frame) for word, parts in zip(words, members, strict=True)]
 
 
+def frames_needed(labels: Sequence[int]) -> int:
+    """The fewest frames in which labels can be said: one each, and a blank before one that repeats the last."""
+    return len(labels) + sum(one == other for one, other in zip(labels, labels[1:], strict=False))
+
+
+def bounds_of_words(
+    aligned: Sequence[AlignedLabel], word_of_label: Sequence[int | None], num_words: int, num_frames: int
+) -> list[tuple[int, int]]:
+    """First frame of each word of one utterance and the frame after its last one.
+
+    A word without labels, which CTC labels do not spell, gets the frames between the words beside it.
+
+    Args:
+        aligned: all labels of the utterance, from `align`.
+        word_of_label: number of the word that each label belongs to, ascending; None for delimiters.
+        num_words: W.
+        num_frames: T of this utterance.
+    """
+    labels_of: list[list[AlignedLabel]] = [[] for _ in range(num_words)]
+    for label, word in zip(aligned, word_of_label, strict=True):
+        if word is not None:
+            labels_of[word].append(label)
+    starts = [labels[0].start_frame if labels else None for labels in labels_of]
+    bounds, last_end = [], 0
+    for word, labels in enumerate(labels_of):
+        if labels:
+            last_end = labels[-1].end_frame
+            bounds.append((labels[0].start_frame, last_end))
+        else:
+            next_start = next((start for start in starts[word:] if start is not None), num_frames)
+            bounds.append((last_end, next_start))
+    return bounds
+
+
 def _viterbi(emissions: Tensor, targets: Tensor, is_padding: Tensor, blank_id: int) -> tuple[Tensor, Tensor]:
     """Scores of the best paths.
 
@@ -214,7 +248,7 @@ def _check_labels(labels: Sequence[Sequence[int]], lengths: list[int], num_outpu
                 f"labels: expected 0 to {num_outputs - 1} other than the blank {blank_id}, got {wrong[0]} in "
                 f"utterance {utterance}."
             )
-        needed = len(ids) + sum(one == other for one, other in zip(ids, ids[1:], strict=False))
+        needed = frames_needed(ids)
         if needed > length:
             raise ValueError(
                 f"labels: expected ones that fit the {length} frames of utterance {utterance}, got {len(ids)} labels "

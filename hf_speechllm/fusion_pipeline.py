@@ -139,7 +139,6 @@ class CTCFusionPipeline(FusionPipeline):
     """
 
     timestamps = (True, "word", False)
-    _own_outputs = ("tokens", "is_last", "segment_s", "word_s")
 
     def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         super().__init__(model, *args, **kwargs)
@@ -225,16 +224,6 @@ class CTCFusionPipeline(FusionPipeline):
     def transcript(self, model_output: dict[str, Any]) -> str:
         """The text of the labels."""
         return " ".join(self.labels_to_text(_unpad_labels(model_output["tokens"])).split())
-
-    def timed_chunks(self, text: str, model_output: dict[str, Any], kind: bool | str) -> list[dict[str, Any]]:
-        """The piece, or its words."""
-        if kind != "word":
-            return super().timed_chunks(text, model_output, kind)
-        start_s = float(model_output["segment_s"][0, 0])
-        return [
-            {"text": word, "timestamp": (start_s + word_start_s, start_s + word_end_s)}
-            for word, (word_start_s, word_end_s) in zip(text.split(), model_output["word_s"][0].tolist(), strict=False)
-        ]
 
 
 class Seq2SeqRescoringPipeline(FusionPipeline):

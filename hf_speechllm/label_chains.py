@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .ctc_prefix_score import KEEP_LABEL, CTCPrefixScorer, CTCPrefixState
+from .label_units import LabelUnits
 
 SILENT = -1  # behind the last label of a chain, and all along the chain of a token that is not heard
 UNSPELLABLE = -2  # all along the chain of a token that CTC labels cannot spell
@@ -180,6 +181,19 @@ class LabelChains:
             return is_start
         is_token = (last_token >= 0) & (last_token < self.vocab_size)
         return is_start | (self.ends_word[last_token.clamp(0, self.vocab_size - 1)] & is_token)
+
+
+def spell_transcripts(units: LabelUnits | LabelChains, tokens: Tensor) -> Tensor:
+    """CTC labels of whole transcripts: [B, N] tokens, negative where there is none, to [B, N, M] labels.
+
+    As of [`LabelChains.spell`], -1 fills up and -2 stands for a token that is not spelled.
+    """
+    is_text = tokens >= 0
+    if isinstance(units, LabelChains):
+        # No label precedes the first token; before the others stands a word, whichever.
+        return units.spell(tokens, torch.where(is_text.cumsum(1) == 1, _NO_LABEL, units.blank_id))
+    labels = units.tokens_to_labels(tokens)
+    return labels.masked_fill(is_text & (labels < 0), UNSPELLABLE)[..., None]
 
 
 def build_chains(

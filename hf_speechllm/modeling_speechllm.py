@@ -47,7 +47,7 @@ from .cross_attention import GatedCrossAttentionLayer, SpeechCrossAttention
 from .ctc_loss import linear_ctc_loss
 from .decoder_inputs import DecoderInputs, append_labels, bidirectional_audio, place_audio
 from .generation_speechllm import SpeechLLMGenerationMixin
-from .label_chains import UNSPELLABLE, LabelChains
+from .label_chains import UNSPELLABLE, LabelChains, spell_transcripts
 from .label_units import LabelUnits
 from .model_outputs import SpeechLLMAudioOutput, SpeechLLMOutput
 from .processing_speechllm import AUDIO_TOKEN
@@ -558,16 +558,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         eos = self.generation_config.eos_token_id
         special = labels.new_tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos])
         tokens = labels.masked_fill(torch.isin(labels, special), IGNORE_INDEX)
-        is_text = tokens >= 0
-        units = self.label_units.to(labels.device)
-        if isinstance(units, LabelChains):
-            # No label precedes the first token; before the others stands a word, whichever.
-            last_label = torch.where(is_text.cumsum(1) == 1, -1, units.blank_id)
-            targets = units.spell(tokens, last_label)  # B, N -> B, N, M
-            unknown = is_text & (targets[..., 0] == UNSPELLABLE)
-        else:
-            targets = units.tokens_to_labels(tokens)[..., None]
-            unknown = is_text & (targets[..., 0] < 0)
+        targets = spell_transcripts(self.label_units.to(labels.device), tokens)  # B, N -> B, N, M
+        unknown = targets[..., 0] == UNSPELLABLE
         if unknown.any():
             raise ValueError(
                 f"labels: token {int(labels[unknown][0])} is no CTC label and not spelled by them; encode the "

@@ -1,5 +1,6 @@
 """What the pipelines for automatic speech recognition have in common: audio of any kind, rate and length, in pieces."""
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class SegmentedPipeline(AutomaticSpeechRecognitionPipeline):
     """
 
     timestamps: tuple[bool | str, ...] = (True, False)
-    _own_outputs = ("tokens", "is_last", "segment_s")
+    _own_outputs = ("tokens", "is_last", "segment_s", "word_s")
 
     @property
     def max_piece_s(self) -> float:
@@ -120,8 +121,18 @@ class SegmentedPipeline(AutomaticSpeechRecognitionPipeline):
         return {**extra, **result}
 
     def timed_chunks(self, text: str, model_output: dict[str, Any], kind: bool | str) -> list[dict[str, Any]]:
-        """What was said in one piece, with times in seconds from the start of the recording."""
-        return [{"text": text, "timestamp": tuple(model_output["segment_s"].flatten().tolist())}] if text else []
+        """What was said in one piece, with times in seconds from the start of the recording: the piece or its words.
+
+        Words have theirs in `word_s` of the output, `[1, W, 2]` seconds from the start of the piece, NaN where they are
+        not known and where there are fewer words.
+        """
+        start_s, end_s = model_output["segment_s"].flatten().tolist()
+        if kind != "word":
+            return [{"text": text, "timestamp": (start_s, end_s)}] if text else []
+        return [
+            {"text": word, "timestamp": tuple(None if math.isnan(each) else start_s + each for each in word_s)}
+            for word, word_s in zip(text.split(), model_output["word_s"][0].tolist(), strict=False)
+        ]
 
 
 def load_language_model(lm: LanguageModel, device: torch.device) -> CausalLMScorer:

@@ -442,7 +442,7 @@ def test_a_model_of_another_type_with_our_pipeline_class_is_handed_through_by_po
     ("options", "message"),
     [
         ({"stride_length_s": 1.0}, r"stride_length_s is not used: pieces are cut at pauses .* leave it out"),
-        ({"return_timestamps": "word"}, r"return_timestamps must be True \(times of the pieces\) or False, got 'word'"),
+        ({"return_timestamps": "char"}, r"return_timestamps must be True \(times of the pieces\), 'word' or False"),
         ({"chunk_length_s": 0.0}, r"chunk_length_s must be at least 0.2 seconds, got 0.0"),
         ({"chunk_length_s": -1}, r"chunk_length_s must be at least 0.2 seconds, got -1"),
         ({"chunk_length_s": 0.1}, r"chunk_length_s must be at least 0.2 seconds, got 0.1"),
@@ -456,7 +456,7 @@ def test_an_option_that_cannot_be_meant_is_refused(pipe, options, message):
         pipe(CLIPS[2], **options)
 
 
-@pytest.mark.parametrize("options", [{"stride_length_s": 1.0}, {"return_timestamps": "word"}, {"chunk_length_s": 0}])
+@pytest.mark.parametrize("options", [{"stride_length_s": 1.0}, {"return_timestamps": "char"}, {"chunk_length_s": 0}])
 def test_an_option_that_cannot_be_meant_is_refused_at_construction(folder, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         pipeline(TASK, model=folder, **options)
