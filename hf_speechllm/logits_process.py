@@ -45,7 +45,8 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
     prefix log-probability; an EOS token has `log P_CTC(the audio is exactly g)` in place of psi(g.c). Tokens CTC cannot
     produce get -inf. EOS always stays possible, except where another processor forbade it; if that leaves a row
     without any token (`min_new_tokens` beyond what the audio can hold, a forced token CTC does not know), the row keeps
-    its LLM log-probs. A token without a label that is chosen nevertheless leaves the CTC state as it is.
+    its LLM log-probs; if other processors forbade everything, all are -inf and the hypothesis is dead. A token without
+    a label that is chosen nevertheless leaves the CTC state as it is.
 
     If tokens are chains of labels (`LabelChains`), psi(g.c) is that of the whole chain. It is computed for the
     `num_candidates` tokens of each row that promise most, all others get -inf. What a token promises is its score with
@@ -172,7 +173,8 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
 
         is_stuck = ~(token_scores.isfinite().any(1) | eos_scores.isfinite().any(1))
         if bool(is_stuck.any()):
-            joint[is_stuck] = (scores - normaliser)[is_stuck]
+            # In a row where everything is forbidden -inf - -inf would be NaN, which a beam search ranks first.
+            joint[is_stuck] = (scores - normaliser).masked_fill(scores == -math.inf, -math.inf)[is_stuck]
         return joint
 
     def _label_gains(self, units: LabelUnits, state: CTCPrefixState, psi: Tensor) -> tuple[Tensor, Tensor]:
