@@ -458,6 +458,8 @@ def samples_per_frame(model: PreTrainedModel, feature_extractor: SequenceFeature
             f'return_timestamps="word": expected a model whose config tells its frame rate (inputs_to_logits_ratio), '
             f"got {type(model).__name__}; use return_timestamps=True."
         )
+    if getattr(config, "add_adapter", False) and hasattr(config, "conv_stride"):  # their ratio leaves the adapter out
+        steps *= config.adapter_stride**config.num_adapter_layers
     return steps * getattr(feature_extractor, "hop_length", 1)
 
 
