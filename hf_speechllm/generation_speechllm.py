@@ -17,6 +17,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.utils import ModelOutput
 
@@ -104,7 +105,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         self._check_arguments(options.mode, kwargs, generation_config)
         audio = self._hear(input_features, input_features_mask, options)
         if options.mode == "llm":
-            processors = self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
+            processors = _taken_repetition_penalty(generation_config)
+            processors += self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
             inputs = self.merge_inputs(audio, input_ids, attention_mask)
             arguments = {"tokenizer": tokenizer, **kwargs}
             return _after_prompt(
@@ -345,6 +347,16 @@ def _pad_token_id(generation_config: GenerationConfig) -> int:
     if pad is None:
         raise ValueError("pad_token_id or eos_token_id is required to pad the results; set it in generation_config.")
     return pad
+
+
+def _taken_repetition_penalty(generation_config: GenerationConfig) -> LogitsProcessorList:
+    """The processor of the penalty, which is taken out of the config.
+
+    Of its own, transformers takes the padding before a prompt of embeddings for the first generated tokens, and spares
+    as many of these: a row would depend on the others of its batch.
+    """
+    penalty, generation_config.repetition_penalty = generation_config.repetition_penalty, None
+    return LogitsProcessorList([] if penalty in (None, 1.0) else [RepetitionPenaltyLogitsProcessor(penalty)])
 
 
 def _audio_mask(input_features_mask: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

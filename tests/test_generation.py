@@ -94,10 +94,10 @@ def test_a_batch_of_eight_lengths_is_decoded_as_one_by_one(audio, search):
     assert len({tuple(tokens_of(row)) for row in together}) > 2, "the test needs clips that sound different"
 
 
-@pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
-def test_log_probs_of_a_batch_are_those_of_one_by_one(model, ctc_weight):
+@pytest.mark.parametrize("options", [{}, {"ctc_weight": 0.3}, {"repetition_penalty": 3.0}])
+def test_log_probs_of_a_batch_are_those_of_one_by_one(model, options):
     processor, clips = tiny_processor(), noise(*DURATIONS_S)
-    options = {"ctc_weight": ctc_weight, "return_dict_in_generate": True, "output_scores": True, "min_new_tokens": 3}
+    options = {**options, "return_dict_in_generate": True, "output_scores": True, "min_new_tokens": 3}
     together = model.generate(**processor(clips), **options)
     for row, clip in enumerate(clips):
         alone = model.generate(**processor(clip), **options)
