@@ -74,8 +74,9 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             tokenizer: That of the language model (the processor's); needed to combine with a language model, in all
                 modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`), and for `stop_strings`.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
-            kwargs: Any option of transformers' `generate` but assisted decoding, and the fields of [`DecodingOptions`].
-                One that has no part in the mode is refused here, and passed over where a config has it.
+            kwargs: Any option of transformers' `generate` but assisted decoding and chunked prefill, and the fields of
+                [`DecodingOptions`]. One that has no part in the mode is refused here, and passed over where a config
+                has it.
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
@@ -234,13 +235,13 @@ class SpeechLLMGenerationMixin(GenerationMixin):
     def _check_arguments(mode: str, arguments: dict[str, Any], generation_config: GenerationConfig) -> None:
         """Refuses arguments of transformers' `generate`, beyond options, that the mode cannot do anything with."""
         if mode == "llm":
-            names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+            names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "prefill_chunk_size")
             asked = {name: getattr(generation_config, name, None) for name in names} | arguments
-            assisted = [name for name in ("assistant_model", *names) if asked.get(name)]
-            if assisted:
+            for_tokens = [name for name in ("assistant_model", *names) if asked.get(name)]
+            if for_tokens:
                 raise ValueError(
-                    f"{assisted[0]}: assisted decoding is for models that read tokens, and a speech LLM reads "
-                    "embeddings of the audio; leave it out."
+                    f"{for_tokens[0]}: assisted decoding and chunked prefill are for models that read tokens, and a "
+                    "speech LLM reads embeddings of the audio; leave it out."
                 )
             return
         # Seq2SeqTrainer passes `synced_gpus` always.

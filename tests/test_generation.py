@@ -395,12 +395,18 @@ def test_generation_stops_at_a_text(model, inputs, search):
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}, {"num_beams": 2, "assistant_model": True}]
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 1},
+        {"num_beams": 2, "assistant_model": True},
+        {"prefill_chunk_size": 4},
+    ],
 )
-def test_assisted_decoding_is_refused(model, inputs, options):
+def test_what_is_for_models_that_read_tokens_is_refused(model, inputs, options):
     if "assistant_model" in options:
         options = {**options, "assistant_model": model.language_model}
-    with pytest.raises(ValueError, match=f"{[*options][-1]}: assisted decoding is for models that read tokens"):
+    with pytest.raises(ValueError, match=f"{[*options][-1]}: .* are for models that read tokens"):
         model.generate(**inputs, **options)
 
 
