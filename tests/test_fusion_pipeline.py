@@ -352,6 +352,13 @@ def test_the_list_of_an_encoder_decoder_is_rescored(name, scorer):
     assert [output["text"] for output in pipe(clips, batch_size=2, lm_weight=0.0, length_reward=0.0)] == first
 
 
+@pytest.mark.parametrize("name", ["whisper", "moonshine"])
+def test_very_short_audio_of_an_encoder_decoder_is_recognised_alone_and_in_a_batch(name, scorer):
+    pipe = pipeline(TASK, **seq2seq_parts(name), lm=scorer, **GENERATE)
+    click = np.full(10, 0.1, np.float32)
+    assert pipe([click, CLIPS[0]], batch_size=2) == [pipe(click), pipe(CLIPS[0])]
+
+
 def test_options_of_the_beam_search_mean_the_same_at_construction_and_in_a_call(scorer):
     parts = seq2seq_parts("moonshine")
     clip = tone(1.0, 200)
