@@ -30,7 +30,6 @@ from .ctc_prefix_score import CTCPrefixScorer
 from .ctc_text import LabelsToText, labels_to_text_of
 from .hypothesis import Hypothesis
 from .logits_process import CTCPrefixLogitsProcessor
-from .processing_speechllm import MIN_DURATION_S
 from .rescoring import nbest_from_seq2seq, rescore_nbest
 from .segmented_pipeline import LanguageModel, SegmentedPipeline, load_language_model
 
@@ -41,6 +40,8 @@ _MODE_OF_FUSION = {"delayed": "delayed_fusion", "rescoring": "rescoring"}
 DEFAULT_LM_WEIGHT = 0.5
 DEFAULT_CTC_WEIGHT = 0.3
 DEFAULT_MAX_PIECE_S = 30.0
+# Shorter audio is padded with silence: the convolutions of Moonshine need 0.06 s for a frame, those of Lasr 0.15 s.
+MIN_PIECE_S = 0.2
 NO_LABEL = -1  # fills up rows of labels
 
 logger = logging.get_logger(__name__)
@@ -100,8 +101,8 @@ class FusionPipeline(SegmentedPipeline):
         return {**features, "num_steps": torch.tensor([features[self.model.main_input_name].shape[1]])}
 
     def long_enough(self, waveform: np.ndarray) -> np.ndarray:
-        """The waveform, with silence behind it if it is shorter than what extractors can do."""
-        missing = round(MIN_DURATION_S * self.feature_extractor.sampling_rate) - len(waveform)
+        """The waveform, with silence behind it if it is shorter than what models can do."""
+        missing = round(MIN_PIECE_S * self.feature_extractor.sampling_rate) - len(waveform)
         return np.pad(waveform, (0, max(0, missing)))
 
     def lm_case(self, lm_lowercase: bool | None) -> Callable[[str], str]:
@@ -447,6 +448,8 @@ def samples_per_frame(model: PreTrainedModel, feature_extractor: SequenceFeature
             f'return_timestamps="word": expected a model whose config tells its frame rate (inputs_to_logits_ratio), '
             f"got {type(model).__name__}; use return_timestamps=True."
         )
+    if getattr(config, "add_adapter", False) and hasattr(config, "conv_stride"):  # their ratio leaves the adapter out
+        steps *= config.adapter_stride**config.num_adapter_layers
     return steps * getattr(feature_extractor, "hop_length", 1)
 
 

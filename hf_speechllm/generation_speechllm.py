@@ -17,6 +17,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers.utils import ModelOutput
 
@@ -73,8 +74,9 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             tokenizer: That of the language model (the processor's); needed to combine with a language model, in all
                 modes but `"llm"` if CTC has labels of its own (`config.ctc_labels`), and for `stop_strings`.
             labels, ctc_targets: Ignored; `Seq2SeqTrainer` passes its whole batch.
-            kwargs: Any option of transformers' `generate` but assisted decoding, and the fields of [`DecodingOptions`].
-                One that has no part in the mode is refused here, and passed over where a config has it.
+            kwargs: Any option of transformers' `generate` but assisted decoding and chunked prefill, and the fields of
+                [`DecodingOptions`]. One that has no part in the mode is refused here, and passed over where a config
+                has it.
 
         Returns:
             Token ids `[B * num_return_sequences, N]` of the transcripts, padded on the right; behind `input_ids`, if
@@ -104,7 +106,8 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         self._check_arguments(options.mode, kwargs, generation_config)
         audio = self._hear(input_features, input_features_mask, options)
         if options.mode == "llm":
-            processors = self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
+            processors = _taken_repetition_penalty(generation_config)
+            processors += self._processors(audio, options, lm, logits_processor, generation_config.eos_token_id)
             inputs = self.merge_inputs(audio, input_ids, attention_mask)
             arguments = {"tokenizer": tokenizer, **kwargs}
             return _after_prompt(
@@ -232,13 +235,13 @@ class SpeechLLMGenerationMixin(GenerationMixin):
     def _check_arguments(mode: str, arguments: dict[str, Any], generation_config: GenerationConfig) -> None:
         """Refuses arguments of transformers' `generate`, beyond options, that the mode cannot do anything with."""
         if mode == "llm":
-            names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+            names = ("prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "prefill_chunk_size")
             asked = {name: getattr(generation_config, name, None) for name in names} | arguments
-            assisted = [name for name in ("assistant_model", *names) if asked.get(name)]
-            if assisted:
+            for_tokens = [name for name in ("assistant_model", *names) if asked.get(name)]
+            if for_tokens:
                 raise ValueError(
-                    f"{assisted[0]}: assisted decoding is for models that read tokens, and a speech LLM reads "
-                    "embeddings of the audio; leave it out."
+                    f"{for_tokens[0]}: assisted decoding and chunked prefill are for models that read tokens, and a "
+                    "speech LLM reads embeddings of the audio; leave it out."
                 )
             return
         # Seq2SeqTrainer passes `synced_gpus` always.
@@ -345,6 +348,16 @@ def _pad_token_id(generation_config: GenerationConfig) -> int:
     if pad is None:
         raise ValueError("pad_token_id or eos_token_id is required to pad the results; set it in generation_config.")
     return pad
+
+
+def _taken_repetition_penalty(generation_config: GenerationConfig) -> LogitsProcessorList:
+    """The processor of the penalty, which is taken out of the config.
+
+    Of its own, transformers takes the padding before a prompt of embeddings for the first generated tokens, and spares
+    as many of these: a row would depend on the others of its batch.
+    """
+    penalty, generation_config.repetition_penalty = generation_config.repetition_penalty, None
+    return LogitsProcessorList([] if penalty in (None, 1.0) else [RepetitionPenaltyLogitsProcessor(penalty)])
 
 
 def _audio_mask(input_features_mask: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

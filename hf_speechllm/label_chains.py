@@ -130,6 +130,19 @@ class LabelChains:
                 "the tokenizer of this LLM."
             )
 
+    def check_head(self, num_labels: int, blank_id: int) -> None:
+        """Raises ValueError unless a speech LLM whose CTC head has these outputs can keep the chains."""
+        if (self.num_labels, self.blank_id) != (num_labels, blank_id):
+            raise ValueError(
+                f"label_chains: expected {num_labels} labels with the blank at {blank_id} like the CTC head, got "
+                f"{self.num_labels} with the blank at {self.blank_id}."
+            )
+        if self.word_chains is not None:
+            raise ValueError(
+                "label_chains: expected chains alone, with or without a delimiter, since a speech LLM keeps no "
+                "word_chains; build them with subset_chains, character_chains or build_chains."
+            )
+
     def spell(self, ids: Tensor, last_label: Tensor | None = None, last_token: Tensor | None = None) -> Tensor:
         """Labels of tokens: [...] to [..., M], filled up with -1; -2 where a token cannot be spelled.
 

@@ -45,7 +45,8 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
     prefix log-probability; an EOS token has `log P_CTC(the audio is exactly g)` in place of psi(g.c). Tokens CTC cannot
     produce get -inf. EOS always stays possible, except where another processor forbade it; if that leaves a row
     without any token (`min_new_tokens` beyond what the audio can hold, a forced token CTC does not know), the row keeps
-    its LLM log-probs. A token without a label that is chosen nevertheless leaves the CTC state as it is.
+    its LLM log-probs; if other processors forbade everything, all are -inf and the hypothesis is dead. A token without
+    a label that is chosen nevertheless leaves the CTC state as it is.
 
     If tokens are chains of labels (`LabelChains`), psi(g.c) is that of the whole chain. It is computed for the
     `num_candidates` tokens of each row that promise most, all others get -inf. What a token promises is its score with
@@ -54,8 +55,10 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
     score log p_LLM, not the share of it that words get. They are as dear as without CTC and cannot flood the beams,
     which a factor of 1 in CTC's place would invite (at weight 1 it would be the best choice for ever).
 
-    Takes logits or log-probs: they are normalised inside, and what another processor set to -inf stays -inf. Returns
-    log-scores [N, V] that are not normalised (the sum over V is below 1). With `weight` 0 the scores pass untouched.
+    Takes logits, which are normalised inside, or log-probs; what another processor set to -inf stays -inf. Log-probs
+    that sum to less than 1 after other processors are left so: a hypothesis that wants what is forbidden, such as to
+    repeat itself, pays for that, as it does without CTC. Returns log-scores [N, V] that are not normalised (the sum
+    over V is below 1). With `weight` 0 the scores pass untouched.
     Beam search should use `length_penalty=0.0, early_stopping="never"`, since the CTC score already settles the
     length.
 
@@ -165,14 +168,16 @@ class CTCPrefixLogitsProcessor(RowTrackingProcessor[HeardRows]):
         # An impossible hypothesis may still end.
         eos_gain = (self.scorer.eos(state)[:, None] - psi).clamp(min=LOG_PROB_FLOOR)
 
-        token_scores = self._joint(scores.gather(1, tokens) - normaliser, gain)
-        eos_scores = self._joint(scores[:, self.eos_token_ids] - normaliser, eos_gain)
+        # Divided by what is left of them, log-probs would hide from a beam search what the hypothesis has lost.
+        offset = normaliser.clamp(min=0.0)
+        token_scores = self._joint(scores.gather(1, tokens) - offset, gain)
+        eos_scores = self._joint(scores[:, self.eos_token_ids] - offset, eos_gain)
         joint = torch.full_like(scores, -math.inf).scatter_(1, tokens, token_scores.to(scores.dtype))
         joint[:, self.eos_token_ids] = eos_scores.to(scores.dtype)
 
         is_stuck = ~(token_scores.isfinite().any(1) | eos_scores.isfinite().any(1))
         if bool(is_stuck.any()):
-            joint[is_stuck] = (scores - normaliser)[is_stuck]
+            joint[is_stuck] = (scores - offset)[is_stuck]
         return joint
 
     def _label_gains(self, units: LabelUnits, state: CTCPrefixState, psi: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,7 +153,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
             config_overrides: Values of [`SpeechLLMConfig`], such as `projector=`, `downsampling=`, `ctc_token_ids=`.
 
         Raises:
-            ValueError: If a prompt is given as text and there is no tokeniser to encode it.
+            ValueError: If a prompt is given as text and there is no tokeniser to encode it, or `label_chains` are those
+                of another CTC head.
         """
         dtype = torch.float32 if dtype is None else dtype
         source = language_model
@@ -188,6 +189,8 @@ class SpeechLLMForConditionalGeneration(SpeechLLMPreTrainedModel, SpeechLLMGener
         config = SpeechLLMConfig(
             audio_config=audio_tower.config, text_config=text_config, attn_implementation=attention, **config_overrides
         )
+        if label_chains is not None:
+            label_chains.check_head(config.ctc_vocab_size + 1, config.blank_id)
         generation_config = language_model.generation_config
         model = cls(config, audio_tower, language_model).to(next(language_model.parameters()).dtype)
         if label_chains is not None:

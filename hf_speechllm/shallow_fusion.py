@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .lm_score import CausalLMScorer, LMState
@@ -26,8 +25,10 @@ class ShallowFusionLogitsProcessor(RowTrackingProcessor[tuple[LMState, ...]]):
     where p is the model that generates. An EOS of `generate` is scored by the EOS of the language model, which may be
     another token (a base model beside a chat model).
 
-    Takes logits or log-probs: they are normalised inside, and what another processor set to -inf stays -inf. Returns
-    log-scores [N, V] that are not normalised. With both weights 0 the scores pass untouched.
+    Takes log-probs, as beam search hands them, and adds to them; logits, as greedy search and sampling do, where a
+    constant per row changes nothing; or the log-scores of another processor. What that one set to -inf stays -inf.
+    Nothing is normalised: joint scores that sum to less than 1 say how far LLM and CTC disagree about a hypothesis, and
+    the search must see that. With both weights 0 the scores pass untouched.
 
     Beam safety: transformers does not tell processors which beams survived. Either the model's `_reorder_cache` calls
     `reorder(beam_idx)`, or parents are found by comparing `input_ids` with the previous call's rows; both are exact,
@@ -93,7 +94,7 @@ class ShallowFusionLogitsProcessor(RowTrackingProcessor[tuple[LMState, ...]]):
 
         Args:
             input_ids: [N, W] prompt and generated tokens.
-            scores: [N, V] logits or log-probs of the model that generates.
+            scores: [N, V] logits, log-probs or log-scores of the model that generates.
 
         Raises:
             ValueError: the vocabularies do not fit, or the rows do not continue those of the previous call.
@@ -115,7 +116,7 @@ class ShallowFusionLogitsProcessor(RowTrackingProcessor[tuple[LMState, ...]]):
         )
 
     def _fuse(self, states: tuple[LMState, ...], scores: Tensor) -> Tensor:
-        fused = torch.log_softmax(scores.float(), dim=-1)
+        fused = scores.float()
         eos_token_ids = self.eos_token_ids.to(scores.device)
         for (scorer, scale), state in zip(self._scorers, states, strict=True):
             log_probs = state.next_log_probs.to(scores.device)

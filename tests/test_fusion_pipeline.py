@@ -85,6 +85,7 @@ def ctc_model(name: str):
         "wav2vec2-base": lambda: (Wav2Vec2ForCTC(Wav2Vec2Config(**config_of("wav2vec2"))), "no mask"),
         "wav2vec2-base-masked": lambda: (Wav2Vec2ForCTC(Wav2Vec2Config(**config_of("wav2vec2"))), "wav2vec2"),
         "wav2vec2-large": lambda: (Wav2Vec2ForCTC(Wav2Vec2Config(**layer_norm)), "wav2vec2"),
+        "wav2vec2-adapter": lambda: (Wav2Vec2ForCTC(Wav2Vec2Config(**layer_norm, add_adapter=True)), "wav2vec2"),
         "hubert-large": lambda: (HubertForCTC(HubertConfig(**layer_norm)), "hubert"),
         "wav2vec2-conformer": lambda: (
             Wav2Vec2ConformerForCTC(
@@ -286,7 +287,7 @@ def test_the_times_of_words_are_those_of_their_frames(pipe, monkeypatch):
     assert json.dumps(output)  # plain numbers
 
 
-@pytest.mark.parametrize("name", ["wav2vec2-base", "wav2vec2-bert-adapter", "parakeet"])
+@pytest.mark.parametrize("name", ["wav2vec2-base", "wav2vec2-adapter", "wav2vec2-bert-adapter", "parakeet"])
 def test_words_of_a_batch_have_the_times_of_each_clip_alone_and_lie_in_it(name, tmp_path, scorer):
     pipe = pipeline(TASK, **ctc_parts(name, tmp_path), lm=scorer, **OPTIONS)
     outputs = pipe(CLIPS, batch_size=3, return_timestamps="word")
@@ -349,6 +350,13 @@ def test_the_list_of_an_encoder_decoder_is_rescored(name, scorer):
     assert [pipe(clip)["text"] for clip in clips] == expected
     assert [output["text"] for output in pipe(clips, batch_size=3)] == expected
     assert [output["text"] for output in pipe(clips, batch_size=2, lm_weight=0.0, length_reward=0.0)] == first
+
+
+@pytest.mark.parametrize("name", ["whisper", "moonshine"])
+def test_very_short_audio_of_an_encoder_decoder_is_recognised_alone_and_in_a_batch(name, scorer):
+    pipe = pipeline(TASK, **seq2seq_parts(name), lm=scorer, **GENERATE)
+    click = np.full(10, 0.1, np.float32)
+    assert pipe([click, CLIPS[0]], batch_size=2) == [pipe(click), pipe(CLIPS[0])]
 
 
 def test_options_of_the_beam_search_mean_the_same_at_construction_and_in_a_call(scorer):

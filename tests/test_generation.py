@@ -94,10 +94,10 @@ def test_a_batch_of_eight_lengths_is_decoded_as_one_by_one(audio, search):
     assert len({tuple(tokens_of(row)) for row in together}) > 2, "the test needs clips that sound different"
 
 
-@pytest.mark.parametrize("ctc_weight", [0.0, 0.3])
-def test_log_probs_of_a_batch_are_those_of_one_by_one(model, ctc_weight):
+@pytest.mark.parametrize("options", [{}, {"ctc_weight": 0.3}, {"repetition_penalty": 3.0}])
+def test_log_probs_of_a_batch_are_those_of_one_by_one(model, options):
     processor, clips = tiny_processor(), noise(*DURATIONS_S)
-    options = {"ctc_weight": ctc_weight, "return_dict_in_generate": True, "output_scores": True, "min_new_tokens": 3}
+    options = {**options, "return_dict_in_generate": True, "output_scores": True, "min_new_tokens": 3}
     together = model.generate(**processor(clips), **options)
     for row, clip in enumerate(clips):
         alone = model.generate(**processor(clip), **options)
@@ -395,12 +395,18 @@ def test_generation_stops_at_a_text(model, inputs, search):
 
 
 @pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}, {"num_beams": 2, "assistant_model": True}]
+    "options",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"assistant_early_exit": 1},
+        {"num_beams": 2, "assistant_model": True},
+        {"prefill_chunk_size": 4},
+    ],
 )
-def test_assisted_decoding_is_refused(model, inputs, options):
+def test_what_is_for_models_that_read_tokens_is_refused(model, inputs, options):
     if "assistant_model" in options:
         options = {**options, "assistant_model": model.language_model}
-    with pytest.raises(ValueError, match=f"{[*options][-1]}: assisted decoding is for models that read tokens"):
+    with pytest.raises(ValueError, match=f"{[*options][-1]}: .* are for models that read tokens"):
         model.generate(**inputs, **options)
 
 

@@ -297,6 +297,32 @@ def test_forbidden_tokens_stay_forbidden(weight: float) -> None:
     assert not out.isnan().any()
 
 
+def test_what_a_hypothesis_loses_to_other_processors_stays_lost() -> None:
+    log_probs = torch.log_softmax(3.0 * torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(0)), 1)
+    log_probs[0, log_probs[0].argmax()] = -math.inf  # row 0 wants what is forbidden, row 1 may have it
+    out = two_utterance_processor(1e-6)(torch.empty(2, 0, dtype=torch.long), log_probs)
+    is_possible = out > -math.inf
+    assert is_possible.sum(1).min() > 5
+    torch.testing.assert_close(out[is_possible], log_probs[is_possible], atol=1e-4, rtol=0)
+
+
+def test_a_beam_that_may_not_go_on_is_dead_and_the_others_stay() -> None:
+    def forbid_all_after_zero(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(input_ids[:, -1:] == 0, -math.inf) if input_ids.shape[1] else scores
+
+    model = tiny_gpt2()
+    log_probs = torch.tensor([[[0.6, 0.3, 0.1]] * 2], dtype=torch.float64).log()
+    scorer = CTCPrefixScorer.from_log_probs(log_probs, torch.tensor([2]), 2)
+    processors = LogitsProcessorList([forbid_all_after_zero, CTCPrefixLogitsProcessor(scorer, 1.0, EOS)])
+    inputs = prompt_inputs(model, "inputs_embeds", 1)
+    options = {"max_new_tokens": 4, "num_beams": 2, "pad_token_id": PAD, **BEAM}
+    out = model.generate(
+        **inputs, logits_processor=processors, return_dict_in_generate=True, output_scores=True, **options
+    )
+    assert cut(out.sequences[0].tolist()) == (1, EOS)  # 1 is what is heard next to 0
+    assert torch.isfinite(out.sequences_scores).all() and not any(step.isnan().any() for step in out.scores)
+
+
 def test_forced_token_without_label_leaves_the_state() -> None:
     processor = two_utterance_processor()
     empty, scores = torch.empty(2, 0, dtype=torch.long), torch.zeros(2, VOCAB_SIZE)

@@ -161,11 +161,15 @@ def test_a_token_that_is_no_ctc_label_is_an_error(model, batch):
         model(**{**batch, "labels": torch.tensor([[5, 1, 2]] * 3)})
 
 
-def chains_model(**overrides):
+def chains_table():
     """Three labels; token 3 is spelled by two of them, token 4 by one, token 5 is silent, all others unspellable."""
     table = torch.full((64, 2), -2, dtype=torch.int32)
     table[3:6] = torch.tensor([[0, 1], [2, -1], [-1, -1]])
-    chains = LabelChains(3, 4, table, **overrides)
+    return table
+
+
+def chains_model(chains=None, **overrides):
+    chains = LabelChains(3, 4, chains_table(), **overrides) if chains is None else chains
     source = loud_model(ctc_token_ids=None, ctc_labels=["a", "b", "c"])
     return SpeechLLMForConditionalGeneration.from_encoder_llm_pretrained(
         source.audio_tower, source.language_model, label_chains=chains, ctc_labels=["a", "b", "c"], audio_token_id=63
@@ -190,6 +194,22 @@ def test_ctc_targets_of_chains_are_the_labels_of_all_tokens_in_order(batch):
     torch.testing.assert_close(loss * 9, expected, atol=1e-4, rtol=1e-5)
     with pytest.raises(ValueError, match="labels: token 6 is no CTC label and not spelled by them"):
         model.ctc_targets(torch.tensor([[3, 6, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("chains", "message"),
+    [
+        (LabelChains(3, 5, chains_table()), "expected 4 labels with the blank at 3 like the CTC head, got 5 with"),
+        (LabelChains(4, 5, chains_table()), "got 5 with the blank at 4"),
+        (
+            LabelChains(3, 4, chains_table(), word_chains=chains_table(), ends_word=torch.zeros(64, dtype=torch.bool)),
+            "a speech LLM keeps no word_chains",
+        ),
+    ],
+)
+def test_chains_that_the_model_cannot_keep_are_refused(chains, message):
+    with pytest.raises(ValueError, match=f"label_chains: .*{message}"):
+        chains_model(chains)
 
 
 def test_the_first_word_has_no_delimiter_in_its_ctc_targets():
