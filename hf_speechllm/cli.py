@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"speechllm: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        print("speechllm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"speechllm: interrupted{interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -150,7 +150,7 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
     if generate_kwargs and pipe.type in ("ctc", "ctc_with_lm"):
         raise UsageError(f"{model} is a pure CTC model, which takes neither --ctc-weight nor --num-beams; drop them")
     sampling_rate = pipe.feature_extractor.sampling_rate
-    short = {"max_new_tokens": 4} if pipe.model.can_generate() else {}
+    short = {"max_new_tokens": 4} if _writes_token_by_token(pipe.model) else {}
     warm_up = Recognizer(pipe, sampling_rate, generate_kwargs={**generate_kwargs, **short})
     try:
         list(warm_up.stream(iter([np.zeros(sampling_rate, dtype=np.float32)])))
@@ -166,6 +166,11 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
         generate_kwargs=generate_kwargs,
     )
     return recognizer, load_s
+
+
+def _writes_token_by_token(model: Any) -> bool:
+    """Whether the number of tokens bounds the work: not in the modes of a speech LLM that search CTC labels."""
+    return model.can_generate() and getattr(model.generation_config, "mode", None) in (None, "llm")
 
 
 def _load_pipeline(model: str | None, device: str | None) -> Any:
@@ -262,11 +267,16 @@ def _show_audio_s(bar: tqdm) -> Callable[[float], None]:
 def _results(
     recognizer: Recognizer, tasks: list[Task], on_piece: Callable[[float], None]
 ) -> Iterator[tuple[Task, Transcript | FailedRecording]]:
-    """One result per task, in order."""
+    """One result per task, in order; an interruption says how many there were."""
     recordings = (task.recording for task in tasks if isinstance(task.recording, Recording))
     transcripts = transcribe(recognizer, recordings, on_piece)
-    for task in tasks:
-        yield task, next(transcripts) if isinstance(task.recording, Recording) else task.recording
+    for number, task in enumerate(tasks):
+        try:
+            result = next(transcripts) if isinstance(task.recording, Recording) else task.recording
+        except KeyboardInterrupt:
+            kept = f"; the transcripts of {number} of {len(tasks)} recordings are complete, the next one has none"
+            raise KeyboardInterrupt(kept) from None
+        yield task, result
 
 
 def _write_file(path: Path, content: str, transcript: Transcript) -> Transcript | FailedRecording:

@@ -31,7 +31,9 @@ class FakePipeline:
         self.device = "cpu"
         self.feature_extractor = SimpleNamespace(sampling_rate=sampling_rate)
         config = SimpleNamespace() if max_duration_s is None else SimpleNamespace(max_audio_duration_s=max_duration_s)
-        self.model = SimpleNamespace(can_generate=lambda: kind == "seq2seq", config=config)
+        self.model = SimpleNamespace(
+            can_generate=lambda: kind == "seq2seq", config=config, generation_config=SimpleNamespace()
+        )
         self.loaded: tuple = ()
         self.calls: list[dict] = []
         self.num_heard = 0
@@ -405,6 +407,27 @@ def test_interrupt(pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipe, "forward", interrupt)
     assert run(write(tmp_path / "a.wav", 2)) == 130
     assert capsys.readouterr().err == "speechllm: interrupted\n"
+
+
+def test_interrupt_says_what_is_kept(pipe, tmp_path, capsys, monkeypatch):
+    def interrupt_long_ones(batch):
+        if any(len(waveform) > 2.5 * RATE for waveform in batch):
+            raise KeyboardInterrupt
+        return [{"text": "short"} for _ in batch]
+
+    monkeypatch.setattr(pipe, "forward", interrupt_long_ones)
+    first, second = write(tmp_path / "a.wav", 2), write(tmp_path / "b.wav", 3)
+    assert run(first, second, "--format", "json", "--output-dir", tmp_path / "out") == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.json"]
+    assert "interrupted; the transcripts of 1 of 2 recordings are complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["ctc_greedy", "rescoring"])
+def test_the_warm_up_of_a_model_that_searches_labels_bounds_no_tokens(pipe, tmp_path, mode):
+    """They would be passed over with a warning about an option that nobody gave."""
+    pipe.model.generation_config.mode = mode
+    assert run(write(tmp_path / "a.wav", 2)) == 0
+    assert pipe.calls[0]["generate_kwargs"] is None
 
 
 def test_closed_output(capsys, monkeypatch):
