@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"speechllm: error: {error}", file=sys.stderr)
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        print("speechllm: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"speechllm: interrupted{interrupt}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader, such as `head`, has enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -177,7 +177,7 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
     model = arguments.model or "the default model"
     generate_kwargs = decoding_options(arguments, pipe, model)
     sampling_rate = pipe.feature_extractor.sampling_rate
-    short = {"max_new_tokens": 4} if pipe.model.can_generate() else {}
+    short = {"max_new_tokens": 4} if _writes_token_by_token(pipe.model, generate_kwargs) else {}
     warm_up = Recognizer(pipe, sampling_rate, generate_kwargs={**short, **generate_kwargs})
     try:
         list(warm_up.stream(iter([np.zeros(sampling_rate, dtype=np.float32)])))
@@ -225,6 +225,12 @@ def decoding_options(arguments: argparse.Namespace, pipe: Any, model: str) -> di
             "has its width from ctc_beam_size (--generate)"
         )
     return {**options, **mode}
+
+
+def _writes_token_by_token(model: Any, options: dict[str, Any]) -> bool:
+    """Whether the number of tokens bounds the work: not in the modes of a speech LLM that search CTC labels."""
+    mode = options.get("mode", getattr(model.generation_config, "mode", None))
+    return model.can_generate() and mode in (None, "llm")
 
 
 def _load_pipeline(model: str | None, device: str | None) -> Any:
@@ -319,11 +325,16 @@ def _show_audio_s(bar: tqdm) -> Callable[[float], None]:
 def _results(
     recognizer: Recognizer, tasks: list[Task], on_piece: Callable[[float], None]
 ) -> Iterator[tuple[Task, Transcript | FailedRecording]]:
-    """One result per task, in order."""
+    """One result per task, in order; an interruption says how many there were."""
     recordings = (task.recording for task in tasks if isinstance(task.recording, Recording))
     transcripts = transcribe(recognizer, recordings, on_piece)
-    for task in tasks:
-        yield task, next(transcripts) if isinstance(task.recording, Recording) else task.recording
+    for number, task in enumerate(tasks):
+        try:
+            result = next(transcripts) if isinstance(task.recording, Recording) else task.recording
+        except KeyboardInterrupt:
+            kept = f"; the transcripts of {number} of {len(tasks)} recordings are complete, the next one has none"
+            raise KeyboardInterrupt(kept) from None
+        yield task, result
 
 
 def _write_file(path: Path, content: str, transcript: Transcript) -> Transcript | FailedRecording:

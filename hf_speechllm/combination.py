@@ -29,13 +29,13 @@ from .lm_score import CausalLMScorer
 FUSION_OF_MODE = {"ctc_beam": "none", "rescoring": "delayed", "label_fusion": "label", "delayed_fusion": "delayed"}
 LabelsToTokens = Callable[[Sequence[int]], list[int]]
 MODES = ("llm", "ctc_greedy", *FUSION_OF_MODE)
-_COMBINATIONS = ("rescoring", "label_fusion", "delayed_fusion")
+COMBINATIONS = ("rescoring", "label_fusion", "delayed_fusion")
 # The modes that an option of `generate` has a part in; those that are not named here are for "llm".
 _MODES_OF_OPTION = {
     "ctc_top_k": ("llm", "ctc_greedy"),
-    "lm_weight": ("llm", *_COMBINATIONS),
-    "prior_weight": _COMBINATIONS,
-    "length_reward": _COMBINATIONS,
+    "lm_weight": ("llm", *COMBINATIONS),
+    "prior_weight": COMBINATIONS,
+    "length_reward": COMBINATIONS,
     "ctc_beam_size": tuple(FUSION_OF_MODE),
     "fusion_interval": ("delayed_fusion",),
     "num_return_sequences": ("llm", *FUSION_OF_MODE),
@@ -180,7 +180,7 @@ def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = Fals
         if mode == "llm" and name == "lm_weight" and not has_lm:
             raise ValueError(
                 "lm_weight: in mode 'llm' it is the weight of another language model, and there is none; give lm=, "
-                f"leave lm_weight out, or choose a mode of {_COMBINATIONS}."
+                f"leave lm_weight out, or choose a mode of {COMBINATIONS}."
             )
         if mode in modes:
             continue

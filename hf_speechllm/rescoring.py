@@ -211,7 +211,10 @@ def _decoder_prompt(model: PreTrainedModel, language: str | None, task: str) -> 
     prompt = [start]
     if languages is not None:
         if f"<|{language}|>" not in languages:
-            raise ValueError(f"language: expected one of {[key[2:-2] for key in languages]}, got {language!r}.")
+            raise ValueError(
+                f"language: expected one of {[key[2:-2] for key in languages]}, got {language!r}; a pipeline takes it "
+                'as generate_kwargs={"language": "en"}.'
+            )
         if task not in config.task_to_id:
             raise ValueError(f"task: expected one of {list(config.task_to_id)}, got {task!r}.")
         prompt += [languages[f"<|{language}|>"], config.task_to_id[task]]

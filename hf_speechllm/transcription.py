@@ -250,19 +250,25 @@ def _pieces(recognizer: Recognizer, recordings: Iterable[Recording], jobs: deque
     for recording in recordings:
         job = _Job(recording.name)
         jobs.append(job)
+        last: _Piece | None = None  # held back until it is known whether it ends the recording
         try:
             blocks = stream_audio(recording.source, recognizer.sampling_rate)
             for segment, waveform in split_blocks(blocks, recognizer.sampling_rate, recognizer.max_duration_s):
                 job.segments.append(segment)
                 job.texts.append("" if segment.is_silence else None)
-                if not segment.is_silence:
-                    yield _Piece(job, len(job.segments) - 1, waveform)
+                if segment.is_silence:
+                    continue
+                if last is not None:
+                    yield last
+                last = _Piece(job, len(job.segments) - 1, waveform)
         except AudioError as error:
             message = str(error)
             job.failure = message if recording.name in message else f"{recording.name}: {message}"
         except Exception as error:  # one recording that cannot be read must not end a long run
             job.failure = f"{recording.name}: cannot be read ({type(error).__name__}: {one_line(error)})"
         job.is_read = True
+        if last is not None and job.failure is None:
+            yield last
 
 
 def _recognize(recognizer: Recognizer, pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, str | Exception]]:

@@ -40,7 +40,9 @@ class FakePipeline:
         config = SimpleNamespace(model_type=model_type)
         if max_duration_s is not None:
             config.max_audio_duration_s = max_duration_s
-        self.model = SimpleNamespace(can_generate=lambda: kind == "seq2seq", config=config)
+        self.model = SimpleNamespace(
+            can_generate=lambda: kind == "seq2seq", config=config, generation_config=SimpleNamespace()
+        )
         self.loaded: tuple = ()
         self.calls: list[dict] = []
         self.num_heard = 0
@@ -132,7 +134,8 @@ def test_options_reach_the_model(pipe, tmp_path):
 )
 def test_mode_and_further_options_reach_the_model(pipe, tmp_path, options, expected):
     assert run(write(tmp_path / "a.wav", 2), *options) == 0
-    assert pipe.calls[0]["generate_kwargs"] == {"max_new_tokens": 4, **expected}
+    warm_up = {"max_new_tokens": 4} if expected.get("mode", "llm") == "llm" else {}  # it bounds no search of labels
+    assert pipe.calls[0]["generate_kwargs"] == {**warm_up, **expected}
     assert pipe.calls[1]["generate_kwargs"] == expected
 
 
@@ -495,6 +498,27 @@ def test_interrupt(pipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pipe, "forward", interrupt)
     assert run(write(tmp_path / "a.wav", 2)) == 130
     assert capsys.readouterr().err == "speechllm: interrupted\n"
+
+
+def test_interrupt_says_what_is_kept(pipe, tmp_path, capsys, monkeypatch):
+    def interrupt_long_ones(batch):
+        if any(len(waveform) > 2.5 * RATE for waveform in batch):
+            raise KeyboardInterrupt
+        return [{"text": "short"} for _ in batch]
+
+    monkeypatch.setattr(pipe, "forward", interrupt_long_ones)
+    first, second = write(tmp_path / "a.wav", 2), write(tmp_path / "b.wav", 3)
+    assert run(first, second, "--format", "json", "--output-dir", tmp_path / "out") == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.json"]
+    assert "interrupted; the transcripts of 1 of 2 recordings are complete" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["ctc_greedy", "rescoring"])
+def test_the_warm_up_of_a_model_that_searches_labels_bounds_no_tokens(pipe, tmp_path, mode):
+    """They would be passed over with a warning about an option that nobody gave."""
+    pipe.model.generation_config.mode = mode
+    assert run(write(tmp_path / "a.wav", 2)) == 0
+    assert pipe.calls[0]["generate_kwargs"] is None
 
 
 def test_closed_output(capsys, monkeypatch):

@@ -159,7 +159,7 @@ MISTAKES = [
     ),
     (
         ("evaluate_asr", "good.jsonl", "--model", "model", "--generate", '{"beams": 3}'),
-        "the model does not work with the options {'beams': 3, 'mode': 'llm'} (ValueError: ",
+        "the model does not work with the options {'beams': 3, 'mode': 'llm', 'ctc_weight': 0.0} (ValueError: ",
     ),
     (("evaluate_asr", "good.jsonl", "--compare", "text.jsonl"), "--compare: text.jsonl:1: expected a JSON object"),
     (("evaluate_asr", "good.jsonl", "--results", "empty"), "--results: expected a file, got the folder empty"),

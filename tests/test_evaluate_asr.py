@@ -32,7 +32,7 @@ from training.decoding_run import Process, part_path, start_process
 from training.evaluation_data import UsageError, batches, read_manifest
 from training.leaderboard import is_scored
 from training.model_card import results_table
-from training.recognisers import Recogniser, mode_options
+from training.recognisers import Recogniser, default_mode, mode_options
 
 DURATIONS_S = [0.3, 0.9, 0.5, 0.7, 0.4, 0.6, 0.8, 0.2, 0.35, 0.45]
 TEXTS = ["the thing", "an ant", "", "sing", "a", "tan", "hint, hint!", "Thing", "in", "gin"]
@@ -302,11 +302,18 @@ def test_modes_results_comparison_and_report(folder, reference, tmp_path, capsys
     assert "data:audio/wav" in report.read_text() and report.read_text().count("<article>") == 10
 
 
-def test_every_mode_of_generate_can_be_given(folder):
+def test_every_mode_of_generate_can_be_given(folder, monkeypatch):
     pipe = load_pipeline(str(folder / "model"), "cpu")
     for mode in MODES:
         assert mode_options(pipe, mode, {})["mode"] == mode
     assert mode_options(pipe, "joint", {"num_beams": 1}) == {"num_beams": 1, "mode": "llm"}
+    assert default_mode(pipe, {}) == "joint" and default_mode(pipe, {"ctc_weight": 0.0}) == "llm"
+    with pytest.raises(UsageError, match="--mode: joint needs the weight of CTC, .* give --generate .* or --mode llm"):
+        mode_options(pipe, "joint", {"ctc_weight": 0.0})
+    # As after a training: nobody has chosen one.
+    monkeypatch.setattr(pipe.model.generation_config, "ctc_weight", None)
+    assert default_mode(pipe, {}) == "llm" and default_mode(pipe, {"ctc_weight": 0.2}) == "joint"
+    assert mode_options(pipe, "joint", {"ctc_weight": 0.2}) == {"ctc_weight": 0.2, "mode": "llm"}
     with pytest.raises(UsageError, match="--generate: lm_weight: it has no part in mode 'ctc_beam'"):
         mode_options(pipe, "ctc_beam", {"lm_weight": 0.4})
     with pytest.raises(UsageError, match="--mode: expected one of joint, llm, ctc_greedy, .*, got 'greedy'"):

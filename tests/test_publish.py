@@ -187,6 +187,21 @@ def test_the_adapter_is_added_to_the_weights(parts, clip, tmp_path, heard_here):
     assert lora and publish.count_parameters(folder) == pytest.approx(total - sum(lora), rel=0.1)
 
 
+def test_a_merged_repository_says_what_combination_needs(parts, clip, tmp_path, heard_here):
+    """Its language model hears: without the plain one, the combined modes would find other texts than were measured."""
+    (tmp_path / "joint.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps({**ROW, "mode": m}) + "\n" for m in ("joint", "rescoring")))
+    common = [clip, parts, *BASES, *APACHE, "--results"]
+    with pytest.raises(UsageError, match="--results: the figures of rescoring .* give --keep-adapter, or leave"):
+        dry_run(tmp_path / "out", *common, tmp_path / "all.jsonl")
+    assert not (tmp_path / "out").exists()
+    dry_run(tmp_path / "out", *common, tmp_path / "joint.jsonl")
+    assert 'give it with them, `lm="somebody/tiny-llm"`' in (tmp_path / "out" / "README.md").read_text()
+    dry_run(tmp_path / "kept", *common, tmp_path / "all.jsonl", "--keep-adapter")
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert "rescored by the plain LLM" in card and "lm=" not in card
+
+
 def test_a_relative_folder_is_checked_by_its_absolute_path(parts, clip, tmp_path, monkeypatch):
     checked = []
     monkeypatch.chdir(tmp_path)

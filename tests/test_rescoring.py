@@ -308,7 +308,10 @@ def test_bad_search_arguments_are_named(lm) -> None:
         ({"num_beams": 1, "num_return_sequences": 1}, "expected at least 2 beams"),
         ({"num_return_sequences": 3}, "1 to num_beams sequences, got 2 and 3"),
         ({"num_return_sequences": 0}, "1 to num_beams sequences"),
-        ({"language": None}, "language: expected one of .'en', 'de'., got None"),
+        (
+            {"language": None},
+            "language: expected one of .'en', 'de'., got None; a pipeline takes it as generate_kwargs",
+        ),
         ({"language": "fr"}, "language: expected one of .*got 'fr'"),
         ({"task": "sing"}, "task: expected one of .'transcribe', 'translate'., got 'sing'"),
     ):

@@ -60,7 +60,7 @@ from training.decoding_run import (
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest, stream_dataset
 from training.html_report import SystemReport, html_report
 from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, manifest_name
-from training.recognisers import DEFAULT_MODE, Recogniser, is_speech_llm, load_pipeline, mode_options
+from training.recognisers import Recogniser, default_mode, load_pipeline, mode_options
 from training.scoring import counts, score_system
 
 _EPILOG = f"""\
@@ -127,7 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--mode",
         action="append",
         metavar="MODE",
-        help=f"how a speech LLM decodes, repeatable: {', '.join(DECODING_MODES)} (default: joint; see below)",
+        help=f"how a speech LLM decodes, repeatable: {', '.join(DECODING_MODES)} (default: joint, or llm where the "
+        "model has no ctc_weight; see below)",
     )
     add("--batch-size", type=int, default=8, metavar="N", help="utterances of similar length per batch (default: 8)")
     add_device(parser)
@@ -184,7 +185,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if device == "cuda" and process.count > 1:
         device = f"cuda:{process.rank % torch.cuda.device_count()}"
     pipe = load_pipeline(arguments.model, device)
-    modes = list(dict.fromkeys(arguments.mode or ["joint" if is_speech_llm(pipe) else DEFAULT_MODE]))
+    modes = list(dict.fromkeys(arguments.mode or [default_mode(pipe, extra)]))
     options = {mode: mode_options(pipe, mode, extra) for mode in modes}  # all are checked before the first is decoded
     if arguments.leaderboard_dir is not None and len(modes) > 1:
         raise UsageError(f"--leaderboard-dir: takes one --mode, got {', '.join(modes)}")

@@ -52,7 +52,7 @@ print(transcriber("speech.flac")["text"])
 ```json
 {generation}
 ```
-
+{combination}
 ## Licence
 
 {license}. Its weights derive from those of {bases}; their licences apply as well.
@@ -65,6 +65,11 @@ Percent of the reference words, after Whisper's English normaliser (not the Open
 95 % interval over utterances. RTFx: seconds of audio per second, on the machine that measured the errors.
 
 {table}
+"""
+
+MERGED = """
+The LoRA is added to the weights, so the plain language model is not in this repository. The modes `rescoring`,
+`delayed_fusion` and `label_fusion` combine CTC with that model: give it with them, `lm="{language_model}"`.
 """
 
 QUANTISED = """
@@ -87,6 +92,7 @@ class Subject:
         total_parameters: None if not counted.
         training: what was learned from what, in words; the caller has to know.
         recipe_notes: further sentences on the training that follow from the files.
+        is_merged: whether the LoRA of the language model is added to its weights.
         requirements: packages that the code in the repository imports; empty when the code is not in it.
         language: code of what is spoken.
     """
@@ -102,6 +108,7 @@ class Subject:
     total_parameters: int | None = None
     training: str = ""
     recipe_notes: Sequence[str] = ()
+    is_merged: bool = False
     requirements: Sequence[str] = ()
     language: str = "en"
 
@@ -259,6 +266,7 @@ def write_card(subject: Subject, results: list[dict[str, Any]]) -> str:
         results=RESULTS.format(table=results_table(results)) if results else "",
         training=training_section(subject),
         generation=subject.generation_config,
+        combination=MERGED.format(language_model=bases[1][0]) if subject.is_merged else "",
         license=license_id,
         bases=" and ".join(f"{hub_id} ({known or 'see there'})" for hub_id, known in bases),
     )

@@ -5,9 +5,10 @@
 
 CHECKPOINT is a folder of trained parts (what training/train.py writes), a folder with a whole model, or `default`, the
 model of this package. Its LoRA is added to the weights; with --keep-adapter it stays beside them, which the ways of
-decoding need that use the plain language model (combination). The repository holds weights, processor, decoding
-options, the code for `trust_remote_code`, a card written from --results and the licence. Before the upload and after
-it, a clip is transcribed by a process that cannot import this package. With --dry-run nothing leaves the machine.
+decoding need that use the plain language model (combination), and so do figures of them in --results. The repository
+holds weights, processor, decoding options, the code for `trust_remote_code`, a card written from --results and the
+licence. Before the upload and after it, a clip is transcribed by a process that cannot import this package. With
+--dry-run nothing leaves the machine.
 
 A token comes from --token, HF_TOKEN or `hf auth login`. Exit status: 0 published, 2 nothing was published (one line
 says why).
@@ -36,9 +37,10 @@ from transformers import pipeline
 from transformers.dynamic_module_utils import get_imports
 from transformers.utils import ADAPTER_CONFIG_NAME
 
-from hf_speechllm.adapters import merge_adapters, set_base_model
+from hf_speechllm.adapters import has_adapters, merge_adapters, set_base_model
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts
 from hf_speechllm.audio import AudioError, one_line
+from hf_speechllm.combination import COMBINATIONS
 from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.default_model import TRAINED_PARTS
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -140,8 +142,10 @@ def publish(arguments: argparse.Namespace, api: HfApi) -> None:
     with tempfile.TemporaryDirectory(prefix=".publish-", dir=parent) as scratch:
         folder = Path(scratch) / "repository"
         step("building", arguments.checkpoint)
-        write_model(source, folder, options, arguments.keep_adapter)
-        subject = describe(source, folder, arguments, license_id)
+        is_merged = write_model(source, folder, options, arguments.keep_adapter)
+        if is_merged:
+            check_results_of_merged(results)
+        subject = replace(describe(source, folder, arguments, license_id), is_merged=is_merged)
         (folder / "README.md").write_text(write_card(subject, results), encoding="utf-8")
         shutil.copyfile(license_file, folder / "LICENSE")
         if arguments.eval_results is not None:
@@ -254,8 +258,12 @@ def make_parent(place: Path) -> Path:
     return place.parent
 
 
-def write_model(source: Source, folder: Path, options: dict[str, Any], keep_adapter: bool) -> None:
-    """Weights, code, processor and decoding options."""
+def write_model(source: Source, folder: Path, options: dict[str, Any], keep_adapter: bool) -> bool:
+    """Weights, code, processor and decoding options.
+
+    Returns:
+        Whether the language model had a LoRA that was added to its weights.
+    """
     with loading("CHECKPOINT", source.folder):
         if source.is_parts:
             check_trained_parts(source.folder)
@@ -263,6 +271,7 @@ def write_model(source: Source, folder: Path, options: dict[str, Any], keep_adap
         else:
             model = SpeechLLMForConditionalGeneration.from_pretrained(source.folder)
             processor = SpeechLLMProcessor.from_pretrained(source.folder)
+    is_merged = has_adapters(model.language_model) and not keep_adapter
     if not keep_adapter:
         merge_adapters(model)
     model.generation_config.update(**options, allow_custom_entries=True)
@@ -273,6 +282,17 @@ def write_model(source: Source, folder: Path, options: dict[str, Any], keep_adap
     processor.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes for the owner alone
+    return is_merged
+
+
+def check_results_of_merged(results: list[dict[str, Any]]) -> None:
+    """Refuse figures that a repository without the plain language model does not reach."""
+    modes = sorted({row["mode"] for row in results} & set(COMBINATIONS))
+    if modes:
+        raise UsageError(
+            f"--results: the figures of {', '.join(modes)} are those of the plain language model, which is not in the "
+            "repository once the LoRA is added to the weights; give --keep-adapter, or leave these lines out"
+        )
 
 
 def describe(source: Source, folder: Path, arguments: argparse.Namespace, license_id: str) -> Subject:

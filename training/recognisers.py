@@ -94,16 +94,34 @@ def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
     return pipe.model.config.model_type == "speechllm"
 
 
+def ctc_weight(pipe: AutomaticSpeechRecognitionPipeline, extra: dict[str, Any]) -> float:
+    """The weight of CTC with which a speech LLM decodes: of `extra`, options of `generate`, or the model's own."""
+    given = extra.get("ctc_weight")
+    return (getattr(pipe.model.generation_config, "ctc_weight", None) if given is None else given) or 0.0
+
+
+def default_mode(pipe: AutomaticSpeechRecognitionPipeline, extra: dict[str, Any]) -> str:
+    """The mode of a model where none is asked for: that in which it decodes with `extra`, options of `generate`."""
+    if not is_speech_llm(pipe):
+        return DEFAULT_MODE
+    return "joint" if ctc_weight(pipe, extra) else "llm"
+
+
 def mode_options(pipe: AutomaticSpeechRecognitionPipeline, mode: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Options of `generate` for a mode; `extra` goes before what other models get by default, after the mode's.
 
     Raises:
-        UsageError: no such mode, a mode for a model without modes, an option without part in the mode, or options for a
-            model without `generate`.
+        UsageError: no such mode, a mode for a model without modes, joint decoding without a weight of CTC, an option
+            without part in the mode, or options for a model without `generate`.
     """
     if is_speech_llm(pipe):
         if mode not in DECODING_MODES:
             raise UsageError(f"--mode: expected one of {', '.join(DECODING_MODES)}, got {mode!r}")
+        if mode == "joint" and not ctc_weight(pipe, extra):
+            raise UsageError(
+                "--mode: joint needs the weight of CTC, and this model has none stored; give --generate "
+                "'{\"ctc_weight\": 0.3}', or --mode llm"
+            )
         options = {**extra, **speech_llm_options(mode)}
         try:
             check_given_options(options["mode"], options)
