@@ -141,6 +141,11 @@ def _bidirectional_masks(
             f"interface='bidirectional_prefix' needs all of the audio in one call of the language model, got {length} "
             f"of {inputs.mask.shape[1]} positions; leave prefill_chunk_size out."
         )
+    if decoder.config.model_type == "bloom" or getattr(decoder.config, "alibi", False):
+        raise ValueError(
+            f"interface='bidirectional_prefix' needs a language model that takes masks of its own attention, got a "
+            f"{type(decoder).__name__} with ALiBi, which counts the tokens of a plain one; choose interface='prefix'."
+        )
     repeats = rows // len(inputs.mask)
     block_ids = torch.where(inputs.is_audio[:, :length], 0, -1)  # the audio is one block, text is in none
     masks = create_masks_for_generate(

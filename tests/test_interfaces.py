@@ -570,6 +570,14 @@ def test_cross_attention_needs_a_list_of_layers():
         decoder_layers(model.language_model)
 
 
+@pytest.mark.parametrize("text", ["bloom", "falcon"])
+def test_a_bidirectional_prefix_is_not_for_alibi(text, monkeypatch):
+    config = {"model_type": text, "hidden_size": 24, "num_attention_heads": 2, "alibi": True}
+    monkeypatch.setitem(TEXT_CONFIGS, text, {**config, "n_layer": 1, "num_hidden_layers": 1})
+    with pytest.raises(ValueError, match="with ALiBi, .*; choose interface='prefix'"):
+        model_of("bidirectional_prefix", text).generate(**inputs_of())
+
+
 def test_a_bidirectional_prefix_is_not_read_in_pieces():
     with pytest.raises(ValueError, match="leave prefill_chunk_size out"):
         model = model_of("bidirectional_prefix")
