@@ -42,7 +42,7 @@ _MODES_OF_OPTION = {
     **dict.fromkeys(("mode", "return_dict_in_generate", "bos_token_id", "eos_token_id", "pad_token_id"), MODES),
 }
 # Trainer and pipelines of transformers give these to every model, whatever its mode.
-_GIVEN_TO_ALL = ("max_length", "max_new_tokens", "num_beams")
+GIVEN_TO_ALL = ("max_length", "max_new_tokens", "num_beams")
 # Values that ask for nothing, beside None, False and 0.
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
 
@@ -184,7 +184,7 @@ def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = Fals
             )
         if mode in modes:
             continue
-        if name in _GIVEN_TO_ALL:
+        if name in GIVEN_TO_ALL:
             logger.warning_once(f"{name}={value} has no part in mode {mode!r} and is passed over.")
             continue
         raise ValueError(f"{name}: it has no part in mode {mode!r}; leave it out, or choose a mode of {modes}.")

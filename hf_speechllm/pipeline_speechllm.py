@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import AutomaticSpeechRecognitionPipeline, PreTrainedModel
 
+from .combination import GIVEN_TO_ALL
 from .fusion_pipeline import pipeline_for_lm, refuse_fusion_options
 from .processing_speechllm import SpeechLLMProcessor
 from .segmented_pipeline import LanguageModel, SegmentedPipeline, load_language_model
@@ -91,6 +92,14 @@ class SpeechLLMPipeline(SegmentedPipeline):
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         return super()._forward(model_inputs, **{"tokenizer": self.tokenizer, **generate_kwargs})
+
+    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+        prepared = super()._prepare_generate_kwargs(generate_kwargs, **overrides)
+        if (prepared.get("mode") or getattr(self.model.generation_config, "mode", None)) in (None, "llm"):
+            return prepared
+        # Nobody gave what transformers adds for its own search, so nobody should be warned that it has no part here.
+        given = self._generate_kwargs.keys() | generate_kwargs.keys()
+        return {name: value for name, value in prepared.items() if name in given or name not in GIVEN_TO_ALL}
 
     def transcript(self, model_output: dict[str, Any]) -> str:
         """The text of the token ids."""

@@ -249,6 +249,18 @@ def test_decoding_options_mean_the_same_at_construction_in_a_call_and_in_generat
     assert pipe(CLIPS[3])["text"] == texts[3], "options of a call must not outlive it"
 
 
+def test_only_options_that_somebody_gave_are_warned_about(pipe, monkeypatch):
+    """transformers gives every model beams and a number of tokens that has none stored, as one has after a training."""
+    warnings = []
+    monkeypatch.setattr("hf_speechllm.combination.logger.warning_once", warnings.append)
+    monkeypatch.setattr(pipe.model.generation_config, "num_beams", None)
+    monkeypatch.setattr(pipe.model.generation_config, "max_new_tokens", None)
+    expected = pipe(CLIPS[3], mode="ctc_greedy")
+    assert warnings == []
+    assert pipe(CLIPS[3], mode="ctc_greedy", num_beams=3) == expected
+    assert warnings == ["num_beams=3 has no part in mode 'ctc_greedy' and is passed over."]
+
+
 def test_ctc_weight_and_mode_change_the_text(pipe, texts):
     others = [pipe(CLIPS[3], ctc_weight=0.0), pipe(CLIPS[3], ctc_weight=0.9), pipe(CLIPS[3], mode="ctc_greedy")]
     assert len({texts[3], *(output["text"] for output in others)}) == 4
