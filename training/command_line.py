@@ -17,7 +17,7 @@ from hf_speechllm.audio import one_line
 from hf_speechllm.combination import DecodingOptions
 from training.evaluation_data import UsageError
 
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 # transformers lists some five hundred of them behind this.
 _KNOWN_KINDS = " Model type should be one of "
 
@@ -26,7 +26,8 @@ _KNOWN_KINDS = " Model type should be one of "
 def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]:
     """Where the user has to change something, end the process with exit status 2 and one line on standard error.
 
-    That is what a ValueError says ([`UsageError`] is one), an OSError or an ImportError.
+    That is what a ValueError says ([`UsageError`] is one), an OSError or an ImportError. Ctrl-C is one line too, with
+    exit status 130.
 
     Args:
         command: Its name, which the line begins with.
@@ -39,6 +40,9 @@ def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]
         where = "" if file is None or not getattr(error, "strerror", None) else f"{file}: "
         print(f"{command}: error: {where}{one_line(error)}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from error
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @contextmanager
