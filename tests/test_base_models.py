@@ -86,6 +86,16 @@ def test_first_call_builds_and_second_call_only_looks(toy_wheel, tmp_path, monke
     assert base_model("toy") == str(folder)
 
 
+def test_who_can_read_the_cache_can_read_the_weights(toy_wheel, monkeypatch):
+    def convert_for_the_owner_alone(members: Path, folder: Path) -> None:  # as safetensors writes
+        convert_toy(members, folder)
+        (folder / "weights.bin").chmod(0o600)
+
+    use_converter(monkeypatch, toy_wheel, convert_for_the_owner_alone)
+    modes = {path.stat().st_mode for path in Path(base_model("toy")).iterdir()}
+    assert len(modes) == 1 and modes != {0o100600}
+
+
 def test_nothing_but_the_model_stays_in_the_cache(toy_wheel, tmp_path):
     base_model("toy")
     assert {path.name for path in (tmp_path / "cache" / "base").iterdir()} <= {"toy", ".toy.lock"}

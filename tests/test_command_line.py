@@ -299,6 +299,12 @@ def test_what_is_no_mistake_of_the_user_keeps_its_traceback(capsys):
     )
 
 
+def test_an_interruption_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught, errors_in_one_line("command"):
+        raise KeyboardInterrupt
+    assert caught.value.code == 130 and capsys.readouterr().err == "command: interrupted\n"
+
+
 def test_loading_names_the_model_and_leaves_clear_messages_alone(tmp_path):
     message = r"^the default model cannot be loaded \(KeyError: 'x'\)$"
     with pytest.raises(UsageError, match=message), loading("--lm", None):

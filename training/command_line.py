@@ -18,14 +18,15 @@ from hf_speechllm.combination import DecodingOptions
 from hf_speechllm.transcription import check_model_name, describe_load_error
 from training.evaluation_data import UsageError
 
-EXIT_USAGE = 2
+EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 
 @contextmanager
 def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]:
     """Where the user has to change something, end the process with exit status 2 and one line on standard error.
 
-    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError.
+    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError. Ctrl-C is one line
+    too, with exit status 130.
 
     Args:
         command: Its name, which the line begins with.
@@ -38,6 +39,9 @@ def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]
         where = "" if file is None or not getattr(error, "strerror", None) else f"{file}: "
         print(f"{command}: error: {where}{one_line(error)}", file=sys.stderr)
         raise SystemExit(EXIT_USAGE) from error
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
 
 
 @contextmanager
