@@ -25,8 +25,8 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 def errors_in_one_line(command: str, *others: type[Exception]) -> Iterator[None]:
     """Where the user has to change something, end the process with exit status 2 and one line on standard error.
 
-    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError. Ctrl-C is one line
-    too, with exit status 130.
+    That is what a ValueError says ([`UsageError`] is one), an OSError, an ImportError or a YAMLError. Ctrl-C is one
+    line too, with exit status 130.
 
     Args:
         command: Its name, which the line begins with.
