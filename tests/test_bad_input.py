@@ -117,7 +117,7 @@ def test_every_way_in(case, recordings, loud_model_folder, transcriber, without_
             captured = capsys.readouterr()
             errors = "".join(line for line in captured.err.splitlines(True) if "evaluate_asr: error" in line)
             check_report(case, status, errors, "evaluate_asr: error: ")
-            rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.joint.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (tmp_path / "out" / f"{name}.llm.jsonl").read_text().splitlines()]
             assert len(rows) == (3 if case.message is None else 2), attempt
             assert [row["pred_text"] for row in rows if row["audio_filepath"] == str(good)] == [expected] * 2
         assert (tmp_path / "report.html").read_text().count("<article>") == len(rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file
 from test_assembly import audio_folder, language_model_folder  # noqa: F401 (a fixture)
 from test_synthesize import ToneEngine
@@ -74,9 +75,14 @@ def test_options_that_make_no_sense_are_refused(values, message):
         parse_recipe(values)
 
 
-def test_a_config_without_a_recipe_is_refused(tmp_path):
+def test_a_config_without_a_recipe_or_with_one_that_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a section 'recipe', got none"):
         load_run(CONFIGS / "librispeech_100.yaml", tmp_path, tmp_path)
+    values = yaml.safe_load((CONFIGS / "tiny_en.yaml").read_text())
+    del values["recipe"]["export"]["ctc_weight"]
+    (tmp_path / "joint.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="recipe.export: mode joint of .* needs the weight of CTC; set ctc_weight"):
+        load_run(tmp_path / "joint.yaml", tmp_path, tmp_path)
     with pytest.raises(ValueError, match="scale must be above 0 and at most 1, got 2"):
         run_of(tmp_path, scale=2.0)
 

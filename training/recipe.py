@@ -248,7 +248,14 @@ def load_run(
         raise ValueError(f"{config}: expected a section 'recipe', got none; training/train.py needs none.")
     stages = stages_of(scaled_run(values, scale), str(config), output_dir, overrides)
     cache = data_dir / "cache" if cache is None else cache
-    return Run(parse_recipe(values["recipe"]), stages, config.name, data_dir, output_dir, cache, scale, workers)
+    recipe = parse_recipe(values["recipe"])
+    joint = [each.name for each in recipe.evaluation if "joint" in each.modes and not each.generate.get("ctc_weight")]
+    # evaluate_asr refuses it too, after hours of training.
+    if joint and stages[0].model.trained_parts is None and not recipe.export.get("ctc_weight"):
+        raise ValueError(
+            f"recipe.export: mode joint of {', '.join(joint)} needs the weight of CTC; set ctc_weight here."
+        )
+    return Run(recipe, stages, config.name, data_dir, output_dir, cache, scale, workers)
 
 
 def plan(run: Run) -> list[Step]:
