@@ -241,7 +241,8 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
         trainer.accelerator.wait_for_everyone()
         if stage is not stages[-1] and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             # The parameters stay divided or cast: the next stage starts from a fresh model and the weights on disk.
-            AcceleratorState._reset_state()  # which holds the stage's DeepSpeed plugin, and would refuse another
+            if trainer.is_deepspeed_enabled:
+                AcceleratorState._reset_state()  # which holds the stage's plugin, and would refuse the next one's
             run(stages, data_dir, only)
             return
 
