@@ -170,10 +170,12 @@ def write_flac(path: Path, utterances: Sequence[Utterance], plan: Sequence[Place
 def prompt_texts(arguments: argparse.Namespace, count: int | None) -> list[str]:
     """What is recognised in the first prompts, each a recording of its own; None: in all of them."""
     system = SYSTEMS[arguments.mode]
-    settings = Settings(arguments.data, arguments.output, arguments.model, limit=count)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    # Of a part of the prompts in a folder of its own: it would replace the texts of all of them.
+    output = arguments.output if count is None else arguments.output / f"first-{count}"
+    settings = Settings(arguments.data, output, arguments.model, limit=count)
+    output.mkdir(parents=True, exist_ok=True)
     run_module("training.evaluate_asr", command(system, settings))
-    prefix = arguments.output / f"{system.name}.{system.mode}"
+    prefix = output / f"{system.name}.{system.mode}"
     return [row["pred_text"] for row in read_json_lines(manifest_path(prefix), ("pred_text",))]
 
 
