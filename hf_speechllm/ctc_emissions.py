@@ -1,8 +1,7 @@
 """The CTC output as the prefix scorer reads it: checked, pruned to some labels, and label by label.
 
-Shape legend: B utterances, T frames, t frames of a chunk, A = U + 1 label axis of the CTC output (U labels and the
-blank), U' labels kept of each utterance, M labels asked for per utterance, R rows of the table. All scores are
-natural-log probabilities.
+Shape legend: B utterances, T frames, t of these frames, A = U + 1 label axis of the CTC output (U labels and the
+blank), U' labels kept of each utterance, M labels asked for per utterance. All scores are natural-log probabilities.
 """
 
 from __future__ import annotations
@@ -19,20 +18,15 @@ from torch import Tensor
 # excludes thus costs a hypothesis 1e4 nats, once per occurrence, and the hypothesis stays comparable with others.
 LOG_PROB_FLOOR = -1.0e4
 
-NO_ROW = 0  # of `LabelEmissions`: what no frame emits
-_NOT_FETCHED = -1
-_ALL_PER_LABEL = 64  # copying this many labels in order takes about as long as fetching one
+_ALL_PER_LABEL = 40  # in a search, copying this many labels takes about as long as fetching one at every step
 
 
 class LabelEmissions:
-    """A CTC output label by label: a table with a row of T frames for each utterance and label that is asked for.
+    """A CTC output label by label, for the labels and frames that are asked for.
 
-    A CTC output is laid out frame by frame: the T values of a label lie far apart in memory, and fetching them takes
-    longer than computing with them. A search asks for the same labels again and again, so each is fetched when it is
-    first asked for, and kept; or all at once, which takes far less time per label, if many are asked for.
-
-    Row `NO_ROW` stands for what no frame emits: the blank, the label -1, and labels that are not kept. Log-probs and
-    probabilities are at least float32.
+    A CTC output is laid out frame by frame: the values of a label lie far apart in memory, and fetching them takes
+    longer than computing with them. So kept labels are copied, the frames of each in a row; and all labels are, once
+    many are asked for at a time. Log-probs and probabilities are at least float32.
 
     Args:
         log_probs: [B, T, A] as given: kept by reference, not modified. Or [B, T, U'] of `labels`. Padding may hold
@@ -47,94 +41,69 @@ class LabelEmissions:
         self, log_probs: Tensor, labels: Tensor | None, is_padding: Tensor, blank_id: int, num_labels: int
     ) -> None:
         self.dtype = torch.promote_types(log_probs.dtype, torch.float32)
-        self._labels = labels
         self._source = log_probs if labels is None else None
-        self._is_padding = is_padding
-        self._has_padding = bool(is_padding.any())
+        self._labels = labels
+        self._is_padding = is_padding if bool(is_padding.any()) else None
         self._blank_id = blank_id
-        num_utterances, num_frames = is_padding.shape
-        self._utterance = torch.arange(num_utterances, device=log_probs.device)[:, None]
-        # [R, T] log-probs, floored; the floor in padding. There may be room for more rows.
-        self._table = torch.full((1, num_frames), LOG_PROB_FLOOR, dtype=self.dtype, device=log_probs.device)
-        self._num_rows = 1
-        # [B, A + 1] row of each label; the last one is that of -1.
-        missing = _NOT_FETCHED if labels is None else NO_ROW
-        self._row_of_label = torch.full((num_utterances, num_labels + 1), missing, device=log_probs.device)
-        self._row_of_label[:, [blank_id, -1]] = NO_ROW
-        self._has_all = False
+        self._num_labels = num_labels
+        self._rows: Tensor | None = None  # [1 + B*U', T] or [1 + B*A, T]; the first one is what no frame emits
+        self._row_of_label: Tensor | None = None  # [B, A + 1]; the last one is that of -1
         if labels is not None:
-            self._add_all(log_probs, labels)
+            self._copy(log_probs, labels)
 
-    def rows(self, labels: Tensor) -> Tensor:
-        """[B, M] labels from -1 to A - 1 -> [B, M] rows of the table."""
-        rows = self._row_of_label[self._utterance, labels]
-        if self._has_all:
-            return rows
-        is_missing = rows == _NOT_FETCHED
-        if not bool(is_missing.any()):
-            return rows
-        self._fetch(labels, is_missing)
-        return self._row_of_label[self._utterance, labels]
+    def are_kept(self, labels: Tensor) -> Tensor:
+        """[B, M] labels from -1 to A - 1 -> [B, M] bool: neither the blank, nor -1, nor left out."""
+        if self._labels is None:
+            return (labels >= 0) & (labels != self._blank_id)
+        return self._row_of_label.gather(1, labels.remainder(self._num_labels + 1)) > 0
 
-    def log_probs(self, rows: Tensor, frames: slice = slice(None)) -> Tensor:
-        """[..., t] log-probs of rows [...] in these frames, floored; the floor in padding."""
-        table = self._table[:, frames]
+    def log_probs(self, labels: Tensor, frames: slice = slice(None)) -> Tensor:
+        """[B, M] labels from -1 to A - 1 -> [B, M, t] log-probs in these frames, floored.
+
+        The floor in padding, and for the blank, the label -1, and labels that are not kept.
+        """
+        if self._rows is None:
+            if self._num_labels > _ALL_PER_LABEL * labels.shape[1]:
+                return self._fetch(labels, frames)
+            every = torch.arange(self._num_labels, device=labels.device)
+            self._copy(self._source, every.expand(len(labels), -1))
+        rows = self._row_of_label.gather(1, labels.remainder(self._num_labels + 1))
+        table = self._rows[:, frames]
         return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
 
     @cached_property
     def all_probs(self) -> Tensor:
         """[B, T, A] probabilities of all labels, or [B, T, U'] of those kept; 0 for the blank and in padding."""
-        if self._source is None:
-            return self._table[1:].exp().view(*self._labels.shape, -1).transpose(1, 2)  # B*U', T -> B, T, U'
+        if self._labels is not None:
+            return self._rows[1:].exp().view(*self._labels.shape, -1).transpose(1, 2)  # B*U', T -> B, T, U'
         probs = self._source.to(self.dtype).exp()
         probs[:, :, self._blank_id] = 0.0
         # Assigned, never multiplied: padding may hold NaN.
-        return probs.masked_fill_(self._is_padding[:, :, None], 0.0) if self._has_padding else probs
+        return probs if self._is_padding is None else probs.masked_fill_(self._is_padding[:, :, None], 0.0)
 
-    # What a search under inference_mode fetched must stay usable for one without.
+    def _fetch(self, labels: Tensor, frames: slice) -> Tensor:
+        """As `log_probs`, from the CTC output as given."""
+        source = self._source[:, frames]
+        values = source.gather(2, labels.clamp(min=0)[:, None].expand(-1, source.shape[1], -1))  # B, t, M
+        values = values.to(self.dtype).transpose(1, 2).contiguous().clamp_(min=LOG_PROB_FLOOR)
+        if self._is_padding is not None:
+            values.masked_fill_(self._is_padding[:, None, frames], LOG_PROB_FLOOR)
+        return values.masked_fill_(~self.are_kept(labels)[..., None], LOG_PROB_FLOOR)
+
+    # What a search under inference_mode copied must stay usable for one without.
     @torch.inference_mode()
-    def _fetch(self, labels: Tensor, is_missing: Tensor) -> None:
-        """Adds the labels [B, M] where `is_missing`, each of them once; or all labels, if that takes no longer."""
-        source, num_labels = self._source, self._source.shape[2]
-        if num_labels <= _ALL_PER_LABEL * labels.shape[1]:
-            self._add_all(source, torch.arange(num_labels, device=source.device).expand(len(labels), -1))
-            return
-        pairs = torch.unique((labels + self._utterance * num_labels)[is_missing])
-        utterance, label = torch.div(pairs, num_labels, rounding_mode="floor"), pairs % num_labels
-        # All labels of all utterances as rows: T values, one frame apart, from the offset of utterance and label on.
-        offset = utterance * source.stride(0) + label * source.stride(2)
-        last = (source.shape[0] - 1) * source.stride(0) + (num_labels - 1) * source.stride(2)
-        by_offset = source.as_strided((last + 1, source.shape[1]), (1, source.stride(1)))
-        self._make_room(len(pairs))
-        self._add(by_offset.index_select(0, offset), utterance, label)
-
-    def _add_all(self, log_probs: Tensor, labels: Tensor) -> None:
-        """Adds log-probs [B, T, M] of the labels [B, M], after which none is missing."""
-        self._make_room(labels.numel())
-        # A single matrix is transposed several times faster than a batch of them.
-        for utterance, frames, row_labels in zip(self._utterance, log_probs, labels, strict=True):
-            self._add(frames.t(), utterance.expand_as(row_labels), row_labels)  # T, M -> M, T
-        self._row_of_label[:, self._blank_id] = NO_ROW
-        self._has_all = True
-
-    def _make_room(self, num_rows: int) -> None:
-        """Makes room for this many further rows."""
-        end = self._num_rows + num_rows
-        if end > len(self._table):
-            room = max(end, 2 * len(self._table))  # doubled: rows are not copied again at every step
-            table = self._table.new_empty(room, self._table.shape[1])
-            table[: self._num_rows] = self._table[: self._num_rows]
-            self._table = table
-
-    def _add(self, log_probs: Tensor, utterance: Tensor, label: Tensor) -> None:
-        """Adds log-probs [M, T] as given of utterances and labels, [M] each."""
-        end = self._num_rows + len(label)
-        rows = self._table[self._num_rows : end]
-        rows.copy_(log_probs).clamp_(min=LOG_PROB_FLOOR)
-        if self._has_padding:
-            rows.masked_fill_(self._is_padding[utterance], LOG_PROB_FLOOR)
-        self._row_of_label[utterance, label] = torch.arange(self._num_rows, end, device=label.device)
-        self._num_rows = end
+    def _copy(self, log_probs: Tensor, labels: Tensor) -> None:
+        """Copies log-probs [B, T, M] of the labels [B, M] to rows."""
+        num_utterances, num_frames, _ = log_probs.shape
+        self._rows = torch.empty(1 + labels.numel(), num_frames, dtype=self.dtype, device=log_probs.device)
+        self._rows[0] = LOG_PROB_FLOOR
+        for index, rows in enumerate(self._rows[1:].view(num_utterances, -1, num_frames)):
+            rows.copy_(log_probs[index].t()).clamp_(min=LOG_PROB_FLOOR)  # far faster than a batch of matrices
+            if self._is_padding is not None:
+                rows.masked_fill_(self._is_padding[index], LOG_PROB_FLOOR)
+        numbers = torch.arange(1, len(self._rows), device=labels.device).view_as(labels)
+        self._row_of_label = labels.new_zeros(num_utterances, self._num_labels + 1).scatter_(1, labels, numbers)
+        self._row_of_label[:, [self._blank_id, -1]] = 0
 
 
 @dataclass(frozen=True, eq=False)

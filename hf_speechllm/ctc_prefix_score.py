@@ -31,7 +31,6 @@ from torch import Tensor
 
 from .ctc_emissions import (
     LOG_PROB_FLOOR,
-    NO_ROW,
     HeadChunks,
     LabelEmissions,
     check_blank,
@@ -279,13 +278,13 @@ class CTCPrefixScorer:
         if self.labels is None and 2 * num_beams * labels.shape[1] >= self.num_labels:
             psi = self.score(state).gather(1, labels.clamp(min=0))
             return psi.masked_fill_(labels == _NO_LABEL, -math.inf)
-        rows = labels.reshape(self.num_utterances, num_beams * labels.shape[1])  # N, C -> B, K*C
-        rows = self._emissions.rows(rows).view_as(labels)
         weights, frames, log_scale = self._time_weights(state)
-        probs = self._emissions.log_probs(rows, frames).exp_()  # N, C, t
-        psi = probs.mul_(weights[:, None]).sum(2).to(log_scale.dtype).log_().add_(log_scale)
-        psi = torch.where(labels == state.last_label[:, None], state.repeat_log_prob[:, None], psi)
-        return psi.masked_fill_(rows == NO_ROW, -math.inf)
+        grouped = labels.reshape(self.num_utterances, num_beams * labels.shape[1])  # N, C -> B, K*C
+        probs = self._emissions.log_probs(grouped, frames).exp_()
+        probs = probs.view(*labels.shape, probs.shape[2]).mul_(weights[:, None])  # N, C, t
+        psi = probs.sum(2).to(log_scale.dtype).log_().add_(log_scale)
+        is_repeat = (labels == state.last_label[:, None]) & self._emissions.are_kept(grouped).view_as(labels)
+        return torch.where(is_repeat, state.repeat_log_prob[:, None], psi)
 
     def eos(self, state: CTCPrefixState) -> Tensor:
         """Returns [N] log P(the whole audio is exactly g). The CTC output of an end-of-sentence label plays no part."""
@@ -316,17 +315,19 @@ class CTCPrefixScorer:
             ends_in_blank = log_phi[..., :-1] + self._blank[..., :-1]
             log_phi = torch.where(is_repeat, torch.nn.functional.pad(ends_in_blank, (1, 0), value=-math.inf), log_phi)
 
-        rows = self._emissions.rows(self._per_utterance(label))  # B, K'
-        emission = self._emissions.log_probs(rows).to(self._blank.dtype)  # B, K', T
-        arrival = self._fill_padding(log_phi + emission)  # the label starts in this frame
+        emission = self._emissions.log_probs(self._per_utterance(label)).to(log_phi.dtype)  # B, K', T
+        # [2, B, K', T] The label starts in this frame; and it starts again, after itself and a blank.
+        arrivals = emission.new_full((2, *emission.shape), -math.inf)
+        arrival = self._fill_padding(torch.add(log_phi, emission, out=arrivals[0]))
         nonblank = _scan(arrival, emission, emission.cumsum(2))  # and is spoken until this frame
         log_prob = _scan(nonblank, self._blank, self._silence[..., 1:])  # and is followed by blank
-        # The same label again, after it and a blank: in the third frame at the earliest.
-        arrival_of_repeat = log_prob[..., :-2] + self._blank[..., 1:-1] + emission[..., 2:]
+        torch.add(log_prob[..., :-2] + self._blank[..., 1:-1], emission[..., 2:], out=arrivals[1, ..., 2:])
+        self._fill_padding(arrivals[1])
+        prefix_log_prob, repeat_log_prob = arrivals.logsumexp(3).flatten(1)
         new = CTCPrefixState(
             log_prob=torch.nn.functional.pad(log_prob, (1, 0), value=-math.inf).flatten(0, 1),
-            prefix_log_prob=arrival.logsumexp(2).flatten(),
-            repeat_log_prob=self._fill_padding(arrival_of_repeat).logsumexp(2).flatten(),
+            prefix_log_prob=prefix_log_prob,
+            repeat_log_prob=repeat_log_prob,
             last_label=label,
         )
         return self._keep(state, parent, new) if has_kept else new
@@ -370,12 +371,13 @@ class CTCPrefixScorer:
         """
         # Impossible hypotheses: their weights are exp(-inf - finite) = 0, not NaN.
         log_scale = state.prefix_log_prob.clamp(min=torch.finfo(state.prefix_log_prob.dtype).min)[:, None]
-        weights = (state.log_prob[:, :-1] - log_scale).exp_().to(self._emissions.dtype)
-        torch.nn.functional.threshold_(weights, _BEYOND_TINY * torch.finfo(weights.dtype).tiny, 0.0)
+        log_weights = state.log_prob[:, :-1] - log_scale
+        lowest = math.log(_BEYOND_TINY * torch.finfo(self._emissions.dtype).tiny)
+        weights = torch.nn.functional.threshold_(log_weights, lowest, -math.inf).exp_().to(self._emissions.dtype)
         if weights.shape[1] < _LONG_FRAMES:
             return weights, slice(None), log_scale
-        used = weights.any(0).nonzero()
-        frames = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(1)
+        used = weights.any(0).nonzero().flatten().tolist()
+        frames = slice(used[0], used[-1] + 1) if used else slice(1)
         return weights[:, frames], frames, log_scale
 
     def _check_selection(self, state: CTCPrefixState, parent: Tensor, label: Tensor) -> tuple[bool, bool]:

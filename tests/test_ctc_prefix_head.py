@@ -62,9 +62,9 @@ def test_head_in_chunks_never_sees_all_frames_and_labels() -> None:
     storages = [v.untyped_storage() for v in contents_of(scorer).values() if isinstance(v, torch.Tensor)]
     kept = {storage.data_ptr(): storage.nbytes() for storage in storages}.values()
     # Rows of labels [B, A + 1], log-probs and probabilities [B, T, 16] and [T], blanks, their sums, padding, labels
-    # [B, 16], numbers of the utterances.
+    # [B, 16].
     num_values = 2 * 64 * 16
-    assert sum(kept) == 2 * 2001 * 8 + 2 * 4 * num_values + 4 * 64 + 2 * (64 * (8 + 1) + 65 * 8) + 2 * 16 * 8 + 2 * 8
+    assert sum(kept) == 2 * 2001 * 8 + 2 * 4 * num_values + 4 * 64 + 2 * (64 * (8 + 1) + 65 * 8) + 2 * 16 * 8
     assert sum(kept) < log_probs.nbytes / 15
 
 

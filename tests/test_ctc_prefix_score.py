@@ -186,7 +186,7 @@ def test_candidates_equal_full_scores(num_candidates: int) -> None:
     assert (scorer.score_candidates(state, labels)[:, -1:] == -math.inf).all()
 
 
-@pytest.mark.parametrize("all_per_label", [0, 9, 99])  # as asked for; all of them for candidates; at once
+@pytest.mark.parametrize("all_per_label", [0, 9, 99])  # as asked for; copied for candidates; at once
 def test_fetched_labels_equal_full_scores(all_per_label: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", all_per_label)
     log_probs, lengths = random_log_probs(3, 9, 60, seed=8), torch.tensor([9, 9, 5])
@@ -201,7 +201,7 @@ def test_fetched_labels_equal_full_scores(all_per_label: int, monkeypatch: pytes
         candidates = torch.randint(-1, 50, (6, 3), generator=generator)
         candidates[:, 0] = state.last_label
         candidates[1, 1] = 7  # the blank
-        with torch.inference_mode(step % 2 == 0):  # rows fetched in one mode serve the other
+        with torch.inference_mode(step % 2 == 0):  # rows copied in one mode serve the other
             got = scorer.score_candidates(state, candidates)
         want = other.score(state).gather(1, candidates.clamp(min=0)).masked_fill(candidates < 0, -math.inf)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -243,18 +243,17 @@ def test_frames_far_from_the_search_are_left_out_without_effect(dtype: torch.dty
     assert (whole.score(impossible) == -math.inf).all()  # no frame matters
 
 
-def test_labels_are_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", 0)
+def test_all_labels_are_copied_once_and_only_if_many_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = CTCPrefixScorer.from_log_probs(random_log_probs(2, 9, 500), torch.tensor([9, 9]), 0)
     emissions = scorer._emissions
-    first = emissions.rows(torch.tensor([[5, 5, 6], [5, 8, -1]]))
-    assert len({*first.flatten().tolist()} - {ctc_emissions.NO_ROW}) == 4  # 5 and 6, 5 and 8
-    assert first[0, 0] == first[0, 1] != first[1, 0]
-    assert emissions._num_rows == 5
-    table = emissions._table
-    again = emissions.rows(torch.tensor([[6, 0, 5], [8, 5, 5]]))
-    assert again.tolist() == [[first[0, 2], 0, first[0, 0]], [first[1, 1], first[1, 0], first[1, 0]]]
-    assert emissions._table is table
+    few, many = torch.tensor([[5, 5, 6], [5, 8, -1]]), torch.arange(400).expand(2, -1)
+    monkeypatch.setattr(ctc_emissions, "_ALL_PER_LABEL", 40)
+    fetched = emissions.log_probs(few)
+    assert emissions._rows is None
+    emissions.log_probs(many)
+    rows = emissions._rows
+    torch.testing.assert_close(emissions.log_probs(few), fetched, rtol=0, atol=0)
+    assert emissions._rows is rows
 
 
 @pytest.mark.parametrize("num_candidates", [1, 12])
