@@ -73,6 +73,9 @@ ROWS = {
     "llm_encoder": Row("llm", "the encoder learns too", {"tuning.encoder": "full"}),
     "llm_checkpointing": Row("llm", "gradient checkpointing", CHECKPOINTING),
     "llm_bf16": Row("llm", "bf16", BF16),
+    "llm_frozen_bf16": Row(
+        "llm", "bf16, frozen weights of the LLM too", {**BF16, "tuning.llm_frozen_dtype": "bfloat16"}
+    ),
 }
 
 

@@ -1,5 +1,6 @@
 """Training with two processes (gloo, CPU): the losses, weights and checkpoints of one process."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -110,6 +111,16 @@ def test_losses_and_weights_do_not_depend_on_how_a_step_is_divided(
         reports = [DataReport.load(folder / stage / "final") for folder in (alone, tmp_path)]
         assert reports[0].utterances == reports[1].utterances == 16
         assert reports[0].audio_s == pytest.approx(reports[1].audio_s)
+
+
+@pytest.mark.parametrize("sharding", ["", "FSDP2", "ZeRO-2"], ids=["DDP", "FSDP2", "ZeRO-2"])
+def test_frozen_weights_may_be_in_half_precision(data_dir, tmp_path, sharding):
+    tuning = {"encoder": "full", "llm": "lora", "lora_r": 2, "llm_frozen_dtype": "bfloat16"}
+    sections = {"training": {"max_steps": 2, "save_steps": 2}, "stages": [{"name": "llm", "tuning": tuning}]}
+    train(tmp_path / "alone", data_dir, data={"batch_duration_s": 9.0}, **copy.deepcopy(sections))
+    train(tmp_path / "two", data_dir, 2, sharding=sharding, data={"batch_duration_s": 9.0}, **copy.deepcopy(sections))
+    for each, other in zip(*(losses(tmp_path / name / "llm/checkpoint-2") for name in ("alone", "two")), strict=True):
+        assert other == pytest.approx(each, rel=0.01)
 
 
 @pytest.mark.parametrize("sharding", ["", "FSDP2", "ZeRO-2"], ids=["DDP", "FSDP2", "ZeRO-2"])

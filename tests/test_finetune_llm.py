@@ -196,6 +196,26 @@ def test_it_learns_and_its_result_is_a_language_model(case, data_dir, llm_folder
     assert speech_llm(**batch).loss.isfinite()
 
 
+def test_weights_below_a_lora_are_rounded_in_training_only(data_dir, llm_folder, monkeypatch):
+    dtypes = set()
+
+    def log(self, logs, *args, **kwargs):
+        dtypes.update(p.dtype for name, p in self.model.named_parameters() if "lora_" not in name)
+
+    monkeypatch.setattr(finetune_llm.LanguageModelTrainer, "log", log)
+    tuning = {"llm": "lora", "lora_r": 4, "lora_targets": "v_proj", "llm_frozen_dtype": "bfloat16"}
+    perplexities = finetune(run_of(data_dir, llm_folder, tuning=tuning, training={"max_steps": 30}), data_dir)
+    assert dtypes == {torch.bfloat16}
+    assert (
+        perplexities["after"]["after_dev_perplexity_per_word"]
+        < perplexities["before"]["before_dev_perplexity_per_word"]
+    )
+    before = AutoModelForCausalLM.from_pretrained(llm_folder).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(data_dir / "out/final").state_dict()
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed and all(name.endswith("v_proj.weight") for name in changed)
+
+
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(data_dir, llm_folder, monkeypatch):
     options = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
     tuning = {"llm": "lora", "lora_r": 2, "lora_dropout": 0.1}
@@ -278,6 +298,7 @@ def test_texts_that_are_too_long_are_left_out(data_dir, llm_folder, caplog):
         ({"data": {"texts": []}}, "section 'data': .*texts"),
         ({"training": {"steps": 3}}, "section 'training': .*steps"),
         ({"tuning": {"llm": "freeze"}}, r"tuning.llm must be one of \('full', 'lora'\), got 'freeze'"),
+        ({"tuning": {"llm_frozen_dtype": "int8"}}, r"tuning.llm_frozen_dtype must be one of .*, got 'int8'"),
         ({"tuning": {"llm_embeddings": "lora"}}, r"tuning.llm_embeddings must be one of \('freeze', 'full'\)"),
         ({"tuning": {"llm": "lora"}, "model": {"llm_init": "random"}}, "llm_init: random needs tuning.llm: full"),
         ({"tuning": {"llm": "lora"}, "model": {"vocabulary": "v"}}, "vocabulary: its embeddings have to learn"),

@@ -27,7 +27,7 @@ from hf_speechllm.vocabulary import build_language_model
 from training.arguments import apply_override, effective_config, parse_section, read_config, reject_unknown
 from training.checkpoints import CONFIG_NAME, CompleteCheckpoints, last_checkpoint, load_trained
 from training.command_line import errors_in_one_line
-from training.lora import add_lora, set_lora_trainable
+from training.lora import FROZEN_DTYPES, add_lora, cast_frozen, set_lora_trainable
 from training.packed_texts import PackedTexts, check_packing, collate
 from training.perplexity import measure_perplexity, tokenize
 from training.text_sources import read_texts
@@ -63,12 +63,15 @@ class LanguageModelTuning:
         llm: `full` or `lora`.
         llm_embeddings: `freeze` or `full`: with `lora`, whether embeddings and output layer learn; those of a new
             vocabulary have to.
+        llm_frozen_dtype: Of the language model's weights that do not learn, `bfloat16` or `float16`: half the memory
+            of `float32`. Those that learn, its LoRA among them, stay in `float32`.
         lora_r: Rank; lora_alpha: Scale; lora_dropout: Dropout on its input; lora_rslora: Scale by 1/sqrt(r).
         lora_targets: Regular expression of the linear layers.
     """
 
     llm: str = "full"
     llm_embeddings: str = "freeze"
+    llm_frozen_dtype: str = "float32"
     lora_r: int = 64
     lora_alpha: float = 128.0
     lora_dropout: float = 0.0
@@ -142,7 +145,8 @@ def load_run(config_path: str | Path, output_dir: str | Path, overrides: list[st
 def _check(run: Run) -> None:
     if not run.model.language_model:
         raise ValueError("model.language_model is required: a Hub id, a folder, or base:NAME.")
-    for name, known in (("llm", ("full", "lora")), ("llm_embeddings", ("freeze", "full"))):
+    known_values = {"llm": ("full", "lora"), "llm_embeddings": ("freeze", "full"), "llm_frozen_dtype": FROZEN_DTYPES}
+    for name, known in known_values.items():
         if getattr(run.tuning, name) not in known:
             raise ValueError(f"tuning.{name} must be one of {known}, got {getattr(run.tuning, name)!r}.")
     if run.tuning.llm == "lora" and run.model.llm_init == "random":
@@ -252,10 +256,12 @@ def finetune(run: Run, data_dir: Path) -> dict[str, dict[str, float]]:
         name: read_texts(sources, data_dir, run.data.text_normalization)[: run.data.max_eval_texts]
         for name, sources in run.data.eval_texts.items()
     }
+    rows = training_texts(run, scorer, data_dir)
+    cast_frozen(model, run.tuning.llm_frozen_dtype)
     trainer = LanguageModelTrainer(
         model=model,
         args=run.training,
-        train_dataset=training_texts(run, scorer, data_dir),
+        train_dataset=rows,
         data_collator=collate,
         tokenizer=tokenizer,
         eval_texts=evaluation,

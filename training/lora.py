@@ -1,12 +1,16 @@
-"""LoRA on a part of a model, once for all stages of a run."""
+"""LoRA on a part of a model, once for all stages of a run, and the type of the weights below it."""
 
 import math
 import re
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+
+FROZEN_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_lora(module: nn.Module, lora: LoraConfig, option: str) -> None:
@@ -59,6 +63,19 @@ def set_lora_trainable(module: nn.Module, trainable: bool) -> None:
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.requires_grad_(trainable)
+
+
+def cast_frozen(module: nn.Module, dtype: str, learnt: Collection[str] = ()) -> None:
+    """Hold the weights that do not learn in one of `FROZEN_DTYPES`, and all others in float32.
+
+    Args:
+        module: With `requires_grad` as it is to be in training.
+        dtype: Its name. What was rounded before stays so.
+        learnt: Names of parameters of `module` that an earlier stage has trained; they are not rounded.
+    """
+    for name, parameter in module.named_parameters():
+        is_frozen = not parameter.requires_grad and name not in learnt
+        parameter.data = parameter.data.to(getattr(torch, dtype) if is_frozen else torch.float32)
 
 
 def lora_scaling(module: nn.Module) -> float | None:

@@ -29,7 +29,7 @@ from training.command_line import errors_in_one_line
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
-from training.lora import add_lora, set_lora_trainable
+from training.lora import FROZEN_DTYPES, add_lora, cast_frozen, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
@@ -49,6 +49,8 @@ def set_trainable(model: PreTrainedModel, tuning: TuningArguments) -> None:
         known = ("freeze", "lora", "full") if part in ("encoder", "projector", "llm") else ("freeze", "full")
         if getattr(tuning, part) not in known:
             raise ValueError(f"tuning.{part} must be one of {known}, got {getattr(tuning, part)!r}.")
+    if tuning.llm_frozen_dtype not in FROZEN_DTYPES:
+        raise ValueError(f"tuning.llm_frozen_dtype must be one of {FROZEN_DTYPES}, got {tuning.llm_frozen_dtype!r}.")
     check_loss_weights(tuning.ce_loss_weight, tuning.ctc_loss_weight, has_ctc_head=model.ctc_head is not None)
     has_ce = tuning.ce_loss_weight > 0
     _tune_encoder(model.audio_tower, tuning)
@@ -228,6 +230,8 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
                     f"stage {later[0]!r} starts from the weights of {stage.name!r}, which is not finished."
                 )
             return
+        learnt = {name.removeprefix("language_model.") for name in trained_names}
+        cast_frozen(model.language_model, stage.tuning.llm_frozen_dtype, learnt)
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
