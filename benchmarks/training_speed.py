@@ -74,7 +74,7 @@ ROWS = {
     "llm_checkpointing": Row("llm", "gradient checkpointing", CHECKPOINTING),
     "llm_bf16": Row("llm", "bf16", BF16),
     "llm_frozen_bf16": Row(
-        "llm", "bf16, frozen weights of the LLM too", {**BF16, "tuning.llm_frozen_dtype": "bfloat16"}
+        "llm", "bf16, frozen layers of the LLM held in it", {**BF16, "tuning.llm_frozen_dtype": "bfloat16"}
     ),
 }
 

@@ -150,10 +150,8 @@ class _HearingLayer(nn.Module):
         self.speech = speech
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The language model may be held in another type.
-        x = hidden_states.to(self.cross_attention.attention_gate.dtype)
-        x = self.cross_attention(x, self.speech.keys, self.speech.values, self.speech.mask)
-        return self.layer(x.to(hidden_states.dtype), *args, **kwargs)
+        hidden_states = self.cross_attention(hidden_states, self.speech.keys, self.speech.values, self.speech.mask)
+        return self.layer(hidden_states, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         # What the language model asks its layers, such as `layer_type`.

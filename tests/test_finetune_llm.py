@@ -200,7 +200,7 @@ def test_weights_below_a_lora_are_rounded_in_training_only(data_dir, llm_folder,
     dtypes = set()
 
     def log(self, logs, *args, **kwargs):
-        dtypes.update(p.dtype for name, p in self.model.named_parameters() if "lora_" not in name)
+        dtypes.update(p.dtype for name, p in self.model.named_parameters() if "base_layer" in name)
 
     monkeypatch.setattr(finetune_llm.LanguageModelTrainer, "log", log)
     tuning = {"llm": "lora", "lora_r": 4, "lora_targets": "v_proj", "llm_frozen_dtype": "bfloat16"}

@@ -80,8 +80,9 @@ class TuningArguments:
         llm: `freeze`, `lora` or `full`.
         llm_embeddings: `freeze` or `full`: with `lora` or `freeze`, whether embeddings and output layer of the language
             model learn, as those of a new `vocabulary` have to.
-        llm_frozen_dtype: Of the language model's weights that do not learn, `bfloat16` or `float16`: half the memory
-            of `float32`. Those that learn, here or in an earlier stage, its LoRA among them, stay in `float32`.
+        llm_frozen_dtype: Of the language model's linear layers that do not learn, here or in an earlier stage; all else
+            stays in `float32`. With `bfloat16` they need half the memory, and the language model computes in mixed
+            precision.
         encoder_learning_rate: Of the encoder's top layer; by default that of `training`.
         encoder_layer_decay: Factor on the learning rate per layer going down.
         llm_learning_rate: Of the language model or its LoRA; by default that of `training`.

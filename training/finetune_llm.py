@@ -63,8 +63,8 @@ class LanguageModelTuning:
         llm: `full` or `lora`.
         llm_embeddings: `freeze` or `full`: with `lora`, whether embeddings and output layer learn; those of a new
             vocabulary have to.
-        llm_frozen_dtype: Of the language model's weights that do not learn, `bfloat16` or `float16`: half the memory
-            of `float32`. Those that learn, its LoRA among them, stay in `float32`.
+        llm_frozen_dtype: Of the linear layers that do not learn; all else stays in `float32`. With `bfloat16` they need
+            half the memory, and the model computes in mixed precision.
         lora_r: Rank; lora_alpha: Scale; lora_dropout: Dropout on its input; lora_rslora: Scale by 1/sqrt(r).
         lora_targets: Regular expression of the linear layers.
     """
@@ -257,7 +257,7 @@ def finetune(run: Run, data_dir: Path) -> dict[str, dict[str, float]]:
         for name, sources in run.data.eval_texts.items()
     }
     rows = training_texts(run, scorer, data_dir)
-    cast_frozen(model, run.tuning.llm_frozen_dtype)
+    cast_frozen(model, run.tuning.llm_frozen_dtype, run.training.device.type)
     trainer = LanguageModelTrainer(
         model=model,
         args=run.training,

@@ -9,8 +9,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
-FROZEN_DTYPES = ("float32", "bfloat16", "float16")
+FROZEN_DTYPES = ("float32", "bfloat16")
 
 
 def add_lora(module: nn.Module, lora: LoraConfig, option: str) -> None:
@@ -65,17 +66,27 @@ def set_lora_trainable(module: nn.Module, trainable: bool) -> None:
             parameter.requires_grad_(trainable)
 
 
-def cast_frozen(module: nn.Module, dtype: str, learnt: Collection[str] = ()) -> None:
-    """Hold the weights that do not learn in one of `FROZEN_DTYPES`, and all others in float32.
+def cast_frozen(model: PreTrainedModel, dtype: str, device_type: str, learnt: Collection[str] = ()) -> None:
+    """Hold linear layers that do not learn in one of `FROZEN_DTYPES`, and all other weights in float32.
+
+    With half precision `model` computes in mixed precision wherever it is called, since its weights no longer agree.
+    What is added up or normalised stays in float32, as in mixed precision of all of it.
 
     Args:
-        module: With `requires_grad` as it is to be in training.
+        model: With `requires_grad` as it is to be in training.
         dtype: Its name. What was rounded before stays so.
-        learnt: Names of parameters of `module` that an earlier stage has trained; they are not rounded.
+        device_type: Where the model is going to compute.
+        learnt: Names of parameters of `model` that an earlier stage has trained; they are not rounded.
     """
-    for name, parameter in module.named_parameters():
-        is_frozen = not parameter.requires_grad and name not in learnt
-        parameter.data = parameter.data.to(getattr(torch, dtype) if is_frozen else torch.float32)
+    model.__dict__.pop("forward", None)
+    embeddings = model.get_input_embeddings().weight  # may be the output layer's too
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            is_frozen = isinstance(module, nn.Linear) and not parameter.requires_grad and key not in learnt
+            is_half = is_frozen and parameter is not embeddings
+            parameter.data = parameter.data.to(getattr(torch, dtype) if is_half else torch.float32)
+    if dtype != "float32":
+        model.forward = torch.autocast(device_type, getattr(torch, dtype))(model.forward)
 
 
 def lora_scaling(module: nn.Module) -> float | None:

@@ -144,6 +144,8 @@ def build_trainer(
     stage: Stage, model: PreTrainedModel, processor: SpeechLLMProcessor, data_dir: Path, trained_names: set[str]
 ) -> SpeechLLMTrainer:
     """The trainer of one stage."""
+    learnt = {name.removeprefix("language_model.") for name in trained_names}
+    cast_frozen(model.language_model, stage.tuning.llm_frozen_dtype, stage.training.device.type, learnt)
     data, training = stage.data, stage.training
     report = DataReport(refuse=data.bad_data == "refuse")
     # What is found when the data is opened is the same in all processes: the first one counts it.
@@ -230,8 +232,6 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
                     f"stage {later[0]!r} starts from the weights of {stage.name!r}, which is not finished."
                 )
             return
-        learnt = {name.removeprefix("language_model.") for name in trained_names}
-        cast_frozen(model.language_model, stage.tuning.llm_frozen_dtype, learnt)
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
