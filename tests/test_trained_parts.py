@@ -98,6 +98,26 @@ def test_what_the_checkpoint_needs_is_known_before_the_training(parts):
     assert base_models(arguments) == (recipe["audio_model"], recipe["language_model"])
 
 
+@pytest.mark.parametrize(
+    ("implementation", "audio", "text"),
+    [("eager", "eager", "eager"), ({"text_config": "eager"}, "sdpa", "eager"), (None, "sdpa", "sdpa")],
+)
+def test_attention_kernels_can_be_chosen(parts, data_dir, tmp_path, implementation, audio, text):
+    stage = stages_from(tmp_path, parts, model={"trained_parts": str(parts), "attn_implementation": implementation})[0]
+    model, _ = build_model(stage.model)
+    assert model.audio_tower.config._attn_implementation == audio
+    assert model.language_model.config._attn_implementation == text
+
+
+@pytest.mark.parametrize(
+    ("implementation", "message"),
+    [("fast", "fast.* is not supported"), ({"llm": "sdpa"}, "model.attn_implementation: .*'text_config'.*'llm'")],
+)
+def test_attention_kernels_that_do_not_exist_are_refused(parts, implementation, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(ModelArguments(trained_parts=str(parts), attn_implementation=implementation))
+
+
 def test_the_default_model_has_a_name(parts, monkeypatch):
     monkeypatch.setattr(training.trained_parts, "TRAINED_PARTS", parts)
     model, _ = build_model(ModelArguments(trained_parts="default"))

@@ -41,8 +41,9 @@ class ModelArguments:
     Attributes:
         audio_model: Acoustic encoder: Hub id, folder, or `base:NAME` for one of `hf_speechllm.base_model`.
         language_model: Causal language model, likewise.
-        trained_parts: Goes on from a model instead, and says all of what is built: `default` (the default model), a
-            stage's folder `final`, or what training/export.py writes. `tuning` takes the options of its LoRA.
+        trained_parts: Goes on from a model instead, and says all of what is built but the attention kernels: `default`
+            (the default model), a stage's folder `final`, or what training/export.py writes. `tuning` takes the
+            options of its LoRA.
         vocabulary: Tokeniser (training/train_vocabulary.py) in place of the language model's, which gets embeddings and
             output layer for it; they start at means of the old ones and are to be learnt (`llm_embeddings`).
         llm_init: `pretrained`, or `random`: the same architecture with fresh weights, as a control.
@@ -52,6 +53,8 @@ class ModelArguments:
         ctc_vocabulary: Tokeniser whose tokens are the labels of `subwords`.
         llm_units: What the language model writes beside such CTC labels: `native` (its own tokens, each spelled by a
             chain of CTC labels) or `ctc` (just the CTC labels; its tokeniser is restricted to them).
+        attn_implementation: Attention kernels, as in transformers: `sdpa`, `eager`, `flash_attention_2`, ...; or for
+            each part, `{audio_config: sdpa, text_config: eager}`. By default those that transformers chooses.
         config: Values of `SpeechLLMConfig`: interface, projector, downsampling, prompt_before, ...
     """
 
@@ -64,6 +67,7 @@ class ModelArguments:
     ctc_subset_size: int = 1000
     ctc_vocabulary: str | None = None
     llm_units: str = "native"
+    attn_implementation: dict[str, str] | str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -247,7 +251,8 @@ def _resolve_trained_parts(merged: dict[str, dict[str, Any]]) -> None:
     name = merged["model"].get("trained_parts")
     if name is None:
         return
-    others = sorted(key for key, value in merged["model"].items() if key != "trained_parts" and value != _default(key))
+    own = ("trained_parts", "attn_implementation")
+    others = sorted(key for key, value in merged["model"].items() if key not in own and value != _default(key))
     if others:
         raise ValueError(f"section 'model': {others[0]} is that of the trained_parts, {name!r}; leave it out.")
     merged["tuning"] = {**lora_options(parts_folder(name)), **merged["tuning"]}

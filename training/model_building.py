@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
@@ -74,8 +73,24 @@ def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGener
     Raises:
         ValueError: If a model is not named, or an option makes no sense.
     """
-    if arguments.trained_parts is not None:
-        return _build_from_parts(parts_folder(arguments.trained_parts))
+    model, processor = (_build_from_pretrained if arguments.trained_parts is None else _build_from_parts)(arguments)
+    if arguments.attn_implementation is not None:
+        _choose_attention(model, arguments.attn_implementation)
+    return model, processor
+
+
+def _choose_attention(model: SpeechLLMForConditionalGeneration, implementation: str | dict[str, str]) -> None:
+    parts = ("audio_config", "text_config")
+    if isinstance(implementation, dict) and not set(implementation) <= set(parts):
+        raise ValueError(
+            f"model.attn_implementation: expected a name or a mapping with keys among {parts}, got {implementation}."
+        )
+    model.set_attn_implementation(implementation)
+
+
+def _build_from_pretrained(
+    arguments: ModelArguments,
+) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     for name in ("audio_model", "language_model"):
         if not getattr(arguments, name):
             raise ValueError(
@@ -97,8 +112,9 @@ def build_model(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGener
     return model, processor
 
 
-def _build_from_parts(folder: Path) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
+def _build_from_parts(arguments: ModelArguments) -> tuple[SpeechLLMForConditionalGeneration, SpeechLLMProcessor]:
     """The model of trained parts as training has it: with the LoRA of each part as an adapter that can learn."""
+    folder = parts_folder(arguments.trained_parts)
     recipe, trained = read_trained_parts(folder)
     model, processor = build_untrained(folder, recipe)
     for part, layers in lora_layers(folder).items():
