@@ -162,6 +162,11 @@ class DecodingOptions:
         )
 
 
+def has_part(option: str, mode: str) -> bool:
+    """Whether an option of `generate`, of transformers or in [`DecodingOptions`], has a part in a mode."""
+    return mode in _MODES_OF_OPTION.get(option, ("llm",))
+
+
 def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = False) -> None:
     """Refuses options that have no part in a mode. What Trainer and pipelines give to every model only gets a warning.
 
@@ -174,7 +179,6 @@ def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = Fals
         ValueError: If there is such an option; the message says which, and which modes take it.
     """
     for name, value in given.items():
-        modes = _MODES_OF_OPTION.get(name, ("llm",))
         if value is None or (isinstance(value, Real) and value in (0, _NEUTRAL.get(name))):
             continue
         if mode == "llm" and name == "lm_weight" and not has_lm:
@@ -182,11 +186,12 @@ def check_given_options(mode: str, given: Mapping[str, Any], has_lm: bool = Fals
                 "lm_weight: in mode 'llm' it is the weight of another language model, and there is none; give lm=, "
                 f"leave lm_weight out, or choose a mode of {COMBINATIONS}."
             )
-        if mode in modes:
+        if has_part(name, mode):
             continue
         if name in _GIVEN_TO_ALL:
             logger.warning_once(f"{name}={value} has no part in mode {mode!r} and is passed over.")
             continue
+        modes = tuple(other for other in MODES if has_part(name, other))
         raise ValueError(f"{name}: it has no part in mode {mode!r}; leave it out, or choose a mode of {modes}.")
 
 

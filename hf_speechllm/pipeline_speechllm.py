@@ -8,8 +8,10 @@ import torch
 from transformers import AutomaticSpeechRecognitionPipeline, PreTrainedModel
 from transformers.utils import logging
 
+from .combination import has_part
 from .ctc_alignment import align, bounds_of_words, frames_needed
 from .fusion_pipeline import pipeline_for_lm, refuse_fusion_options
+from .generation_speechllm import OPTION_DEFAULTS
 from .label_chains import spell_transcripts
 from .processing_speechllm import SpeechLLMProcessor
 from .segmented_pipeline import LanguageModel, SegmentedPipeline, load_language_model
@@ -93,9 +95,17 @@ class SpeechLLMPipeline(SegmentedPipeline):
             if self.model.ctc_head is None:
                 raise ValueError('return_timestamps="word": needs a CTC head; this model has none, use True.')
             forward["word_times"] = True
+        if "mode" in forward:
+            # What the pipeline was built with is for the modes that it has a part in, like the options of a config.
+            built = [name for name in getattr(self, "_forward_params", {}) if self._is_option(name)]
+            forward = {**{name: None for name in built if not has_part(name, forward["mode"])}, **forward}
         if forward.get("lm") is not None:
             forward["lm"] = load_language_model(forward["lm"], self.device)
         return {**others, **preprocess}, forward, {**other_outputs, **postprocess}
+
+    def _is_option(self, name: str) -> bool:
+        """Whether it is one of `generate` that a config may have, and no argument such as `lm`."""
+        return name in OPTION_DEFAULTS or hasattr(self.model.generation_config, name)
 
     def extract_features(self, waveform: np.ndarray) -> dict[str, torch.Tensor]:
         """Features and their mask."""

@@ -272,6 +272,21 @@ ALL_OPTIONS = (
 )
 
 
+def test_a_call_may_choose_another_mode_than_the_options_of_the_construction_are_for(pipe, folder):
+    joint = pipeline(TASK, model=folder, ctc_weight=0.5, num_beams=3, length_penalty=0.0)
+    greedy = pipe(CLIPS[3], mode="ctc_greedy")
+    assert joint(CLIPS[3], mode="ctc_greedy") == greedy
+    assert (
+        joint(CLIPS[3], mode="llm")
+        == joint(CLIPS[3])
+        == pipe(CLIPS[3], ctc_weight=0.5, num_beams=3, length_penalty=0.0)
+    )
+    searched = pipeline(TASK, model=folder, mode="ctc_beam", ctc_beam_size=2)
+    assert searched(CLIPS[3], mode="ctc_greedy") == greedy
+    with pytest.raises(ValueError, match="ctc_beam_size: it has no part in mode 'ctc_greedy'"):
+        joint(CLIPS[3], mode="ctc_greedy", ctc_beam_size=2)
+
+
 def test_every_option_of_ours_is_given():
     given = ALL_OPTIONS[0] | ALL_OPTIONS[1]
     assert set(given) == set(OPTION_DEFAULTS)
