@@ -23,6 +23,7 @@ from .transcript_formats import FORMATS, SUFFIXES
 from .transcription import (
     DECODING_MODES,
     DEFAULT_MAX_DURATION_S,
+    DTYPES,
     FailedRecording,
     Recognizer,
     Recording,
@@ -112,6 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="further options of generate, such as '{\"max_new_tokens\": 80}' (default: none)",
     )
     add("--batch-size", type=_positive, default=1, metavar="N", help="segments per batch (default: 1)")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the weights; bfloat16 is faster on GPUs and on CPUs that compute in it (default: auto, what the "
+        "model was saved in)",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: an accelerator when there is one)")
     add(
         "--references",
@@ -172,12 +180,15 @@ def load_recognizer(arguments: argparse.Namespace) -> tuple[Recognizer, float]:
         UsageError: the model cannot be loaded, is no ASR model, or does not take the options.
     """
     started = time.perf_counter()
-    pipe = _load_pipeline(arguments.model, arguments.device)
+    pipe = _load_pipeline(arguments.model, arguments.device, arguments.dtype)
     load_s = time.perf_counter() - started
     model = arguments.model or "the default model"
     generate_kwargs = decoding_options(arguments, pipe, model)
+    is_token_by_token = _writes_token_by_token(pipe.model, generate_kwargs)
+    if is_token_by_token and getattr(pipe.model.config, "model_type", None) == "speechllm":
+        pipe.model.merge_adapter()  # nothing here needs the language model without it
     sampling_rate = pipe.feature_extractor.sampling_rate
-    short = {"max_new_tokens": 4} if _writes_token_by_token(pipe.model, generate_kwargs) else {}
+    short = {"max_new_tokens": 4} if is_token_by_token else {}
     warm_up = Recognizer(pipe, sampling_rate, generate_kwargs={**short, **generate_kwargs})
     try:
         list(warm_up.stream(iter([np.zeros(sampling_rate, dtype=np.float32)])))
@@ -233,7 +244,7 @@ def _writes_token_by_token(model: Any, options: dict[str, Any]) -> bool:
     return model.can_generate() and mode in (None, "llm")
 
 
-def _load_pipeline(model: str | None, device: str | None) -> Any:
+def _load_pipeline(model: str | None, device: str | None, dtype: str) -> Any:
     try:
         if device is not None:
             check_device(device)
@@ -247,7 +258,7 @@ def _load_pipeline(model: str | None, device: str | None) -> Any:
     logging.disable_progress_bar()
     options = {} if device is None else {"device": device}
     try:
-        return pipeline("automatic-speech-recognition", model=model, **options)
+        return pipeline("automatic-speech-recognition", model=model, dtype=dtype, **options)
     except Exception as error:
         raise UsageError(describe_load_error("--model", model, error)) from error
 

@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .adapters import has_adapters, merge_adapters
 from .audio_encoders import lens_to_mask
-from .combination import DecodingOptions, LabelsToTokens, check_given_options, pad_hypotheses
+from .combination import COMBINATIONS, DecodingOptions, LabelsToTokens, check_given_options, pad_hypotheses
 from .configuration_speechllm import SpeechLLMConfig
 from .ctc_beam import score_dtype
 from .ctc_prefix_score import CTCPrefixScorer
@@ -42,6 +43,8 @@ _FRAMES_PER_CHUNK = 32  # of CTC log-probs over a large vocabulary
 
 class SpeechLLMGenerationMixin(GenerationMixin):
     """Generation methods of [`SpeechLLMForConditionalGeneration`]."""
+
+    _has_plain_language_model = True
 
     @torch.no_grad()
     def generate(
@@ -122,6 +125,14 @@ class SpeechLLMGenerationMixin(GenerationMixin):
         device = audio.encoder_out_lens.device
         output = SpeechLLMSearchOutput(tokens.to(device), scores.to(device), nbests)
         return _after_prompt(input_ids, output if generation_config.return_dict_in_generate else output.sequences)
+
+    def merge_adapter(self) -> None:
+        """Add the adapters (LoRA) to the weights, for good: mode `"llm"` gets faster, results differ by rounding only.
+
+        The language model is then no longer there without them: the modes that combine it with CTC need another, `lm`.
+        """
+        self._has_plain_language_model = not has_adapters(self.language_model)
+        merge_adapters(self)
 
     def _completed(self, generation_config: GenerationConfig | None) -> GenerationConfig:
         """A copy. What the given config leaves open (end of sequence, ctc_weight, ...) is the model's, as usual."""
@@ -209,6 +220,11 @@ class SpeechLLMGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"num_return_sequences must be 1 to {options.ctc_beam_size} (ctc_beam_size) in mode {mode!r}, got "
                 f"{n_best}; give a larger ctc_beam_size for more."
+            )
+        if lm is None and mode in COMBINATIONS and not self._has_plain_language_model:
+            raise ValueError(
+                f"mode={mode!r} needs the language model without its adapter, which merge_adapter has added to the "
+                "weights; load the model again, or give lm=."
             )
         if lm is not None and mode in ("ctc_greedy", "ctc_beam"):
             raise ValueError(f"lm: mode {mode!r} uses no language model; choose 'rescoring' or 'delayed_fusion'.")

@@ -21,6 +21,7 @@ from .audio import AudioError, one_line, stream_audio
 from .segmentation import Segment, split_blocks
 
 DEFAULT_MAX_DURATION_S = 30.0
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights, as transformers calls them
 # transformers lists some five hundred of them behind this.
 _KNOWN_KINDS = " Model type should be one of "
 # How a speech LLM can decode, as command lines name it. All but "joint" are modes of `generate`.

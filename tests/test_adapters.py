@@ -20,7 +20,8 @@ from tiny_models import lively, noise, tiny_config, tiny_model, tiny_processor
 from transformers import AutoModelForSpeechSeq2Seq, pipeline
 from transformers.pytorch_utils import Conv1D
 
-from hf_speechllm.adapters import lora_target_pattern, merge_adapters
+from hf_speechllm import CausalLMScorer
+from hf_speechllm.adapters import adapters_disabled, has_adapters, lora_target_pattern, merge_adapters
 from hf_speechllm.modeling_speechllm import SpeechLLMForConditionalGeneration
 from training.arguments import TuningArguments
 from training.train import set_trainable
@@ -446,6 +447,31 @@ def test_plain_language_model_of_a_model_without_adapters_is_itself():
 
 
 # Merging, layer patterns.
+
+
+def test_merged_for_good_it_decodes_the_same_and_no_longer_combines_with_itself():
+    model = lora_model()
+    processor = tiny_processor()
+    inputs = processor([CLIP, CLIP[:9000]], sampling_rate=16_000)
+    options = {"tokenizer": processor.tokenizer, "lm_weight": 0.3}
+    joint = {"ctc_weight": 0.4, "num_beams": 3, "max_new_tokens": 8}
+    before, combined = model.generate(**inputs, **joint), model.generate(**inputs, mode="rescoring", **options)
+    other = CausalLMScorer(lora_model().language_model, processor.tokenizer)
+    with adapters_disabled(other.model):
+        by_other = model.generate(**inputs, mode="rescoring", lm=other, **options)
+    assert torch.equal(by_other, combined)
+    model.merge_adapter()
+    assert not has_adapters(model)
+    assert torch.equal(model.generate(**inputs, **joint), before)
+    for mode in ("rescoring", "label_fusion", "delayed_fusion"):
+        with pytest.raises(ValueError, match=f"mode='{mode}' needs the language model without its adapter.*give lm="):
+            model.generate(**inputs, mode=mode, **options)
+    with adapters_disabled(other.model):
+        assert torch.equal(model.generate(**inputs, mode="rescoring", lm=other, **options), combined)
+    plain = lively(tiny_model())
+    expected = plain.generate(**inputs, mode="rescoring", **options)
+    plain.merge_adapter()  # there is none
+    assert torch.equal(plain.generate(**inputs, mode="rescoring", **options), expected)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

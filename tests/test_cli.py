@@ -41,11 +41,18 @@ class FakePipeline:
         if max_duration_s is not None:
             config.max_audio_duration_s = max_duration_s
         self.model = SimpleNamespace(
-            can_generate=lambda: kind == "seq2seq", config=config, generation_config=SimpleNamespace()
+            can_generate=lambda: kind == "seq2seq",
+            config=config,
+            generation_config=SimpleNamespace(),
+            merge_adapter=self.merge_adapter,
         )
+        self.is_merged = False
         self.loaded: tuple = ()
         self.calls: list[dict] = []
         self.num_heard = 0
+
+    def merge_adapter(self):
+        self.is_merged = True
 
     def __call__(self, items, batch_size=1, generate_kwargs=None):
         self.calls.append({"batch_size": batch_size, "generate_kwargs": generate_kwargs})
@@ -99,7 +106,7 @@ def test_one_file_prints_its_text_alone(pipe, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == "about 2 seconds\n"
     assert captured.err == ""
-    assert pipe.loaded == ("automatic-speech-recognition", "some/model", {})
+    assert pipe.loaded == ("automatic-speech-recognition", "some/model", {"dtype": "auto"})
     warm_up, call = pipe.calls
     assert warm_up["generate_kwargs"] == {"max_new_tokens": 4}
     assert call == {"batch_size": 1, "generate_kwargs": None}
@@ -112,9 +119,9 @@ def test_several_files_print_their_names(pipe, tmp_path, capsys):
 
 
 def test_options_reach_the_model(pipe, tmp_path):
-    options = ["--ctc-weight", "0.3", "--num-beams", "4", "--batch-size", "8", "--device", "cpu"]
+    options = ["--ctc-weight", "0.3", "--num-beams", "4", "--batch-size", "8", "--device", "cpu", "--dtype", "bfloat16"]
     assert run(write(tmp_path / "a.wav", 2), *options) == 0
-    assert pipe.loaded[2] == {"device": "cpu"}
+    assert pipe.loaded[2] == {"device": "cpu", "dtype": "bfloat16"}
     assert pipe.calls[0]["generate_kwargs"] == {"ctc_weight": 0.3, "num_beams": 4, "max_new_tokens": 4}
     assert pipe.calls[1] == {"batch_size": 8, "generate_kwargs": {"ctc_weight": 0.3, "num_beams": 4}}
 
@@ -447,6 +454,24 @@ def test_wrong_models(pipe, tmp_path, capsys, monkeypatch):
     assert usage_error(capsys, recording, "--model", tmp_path) == (
         f"--model: {tmp_path} cannot be loaded (OSError: no such model)"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "model_type", "expected"),
+    [
+        ([], "speechllm", True),
+        (["--mode", "joint"], "speechllm", True),
+        (["--mode", "rescoring"], "speechllm", False),
+        (["--generate", '{"mode": "ctc_beam"}'], "speechllm", False),
+        ([], "whisper", False),
+    ],
+)
+def test_an_adapter_is_merged_where_nothing_needs_the_plain_language_model(
+    options, model_type, expected, tmp_path, monkeypatch
+):
+    fake = install(monkeypatch, FakePipeline(model_type=model_type))
+    assert run(write(tmp_path / "a.wav", 2), *options) == 0
+    assert fake.is_merged == expected
 
 
 def test_default_model(pipe, tmp_path, capsys, monkeypatch):

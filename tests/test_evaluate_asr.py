@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 from datasets import Dataset, Features, Value
 from tiny_models import AUDIO_CONFIGS, loud_model, noise, tiny_processor, tiny_tokenizer
 from transformers import (
@@ -139,6 +140,13 @@ def test_texts_are_those_of_the_pipeline_alone(folder, reference):
     for utterance, row in zip(read_manifest(folder / "data.jsonl"), reference, strict=True):
         inputs = {"raw": utterance.waveform(16000), "sampling_rate": 16000}
         assert pipe(inputs, generate_kwargs={"ctc_weight": 0.3})["text"].strip() == row["pred_text"]
+
+
+def test_the_type_of_the_weights_can_be_chosen(folder):
+    assert load_pipeline(str(folder / "model"), "cpu").model.dtype == torch.float32
+    assert load_pipeline(str(folder / "model"), "cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    arguments = evaluate_asr.build_parser().parse_args([str(folder / "data.jsonl"), "--dtype", "bfloat16"])
+    assert arguments.dtype == "bfloat16"
 
 
 def test_offset_and_rate_of_the_audio(folder):

@@ -36,7 +36,7 @@ import transformers
 import hf_speechllm
 from hf_speechllm.assembly import resolve_model
 from hf_speechllm.metrics import Normalizer, paired_bootstrap
-from hf_speechllm.transcription import DECODING_MODES, describe_modes
+from hf_speechllm.transcription import DECODING_MODES, DTYPES, describe_modes
 from training.command_line import (
     add_device,
     check_at_least_one,
@@ -132,6 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--batch-size", type=int, default=8, metavar="N", help="utterances of similar length per batch (default: 8)")
     add_device(parser)
+    add(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of the weights (default: %(default)s, what the model was saved in)",
+    )
     add("--limit", type=int, metavar="N", help="use only the first utterances (default: all)")
     add(
         "--generate",
@@ -184,7 +190,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "cuda" and process.count > 1:
         device = f"cuda:{process.rank % torch.cuda.device_count()}"
-    pipe = load_pipeline(arguments.model, device)
+    pipe = load_pipeline(arguments.model, device, dtype=arguments.dtype)
     modes = list(dict.fromkeys(arguments.mode or [default_mode(pipe, extra)]))
     options = {mode: mode_options(pipe, mode, extra) for mode in modes}  # all are checked before the first is decoded
     if arguments.leaderboard_dir is not None and len(modes) > 1:
@@ -281,6 +287,7 @@ def recognise(
         "data": data.identity,
         "batch_size": arguments.batch_size,
         "device": torch.device(arguments.device).type,
+        "dtype": arguments.dtype,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "format": JOURNAL_FORMAT,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
@@ -61,13 +62,16 @@ class Recogniser:
         return [output["text"].strip() for output in self.pipe(inputs, **call)]
 
 
-def load_pipeline(model: str | None, device: str, option: str = "--model") -> AutomaticSpeechRecognitionPipeline:
+def load_pipeline(
+    model: str | None, device: str, option: str = "--model", dtype: str = "auto"
+) -> AutomaticSpeechRecognitionPipeline:
     """The pipeline of a Hub id, a folder, a folder of trained parts, `base:NAME`, or None for the default model.
 
     Args:
         model: see above.
         device: where it runs.
         option: what `model` is called on the command line.
+        dtype: type of the weights; "auto": what the model was saved in.
 
     Raises:
         UsageError: there is no such model, or it recognises no speech.
@@ -79,6 +83,8 @@ def load_pipeline(model: str | None, device: str, option: str = "--model") -> Au
         if (Path(model) / RECIPE_NAME).is_file():
             check_trained_parts(Path(model))
             speech_llm, processor = load_trained_parts(model)
+            if dtype != "auto":
+                speech_llm = speech_llm.to(getattr(torch, dtype))
             return pipeline(
                 "automatic-speech-recognition",
                 model=speech_llm,
@@ -86,7 +92,7 @@ def load_pipeline(model: str | None, device: str, option: str = "--model") -> Au
                 feature_extractor=processor.feature_extractor,
                 device=device,
             )
-        return pipeline("automatic-speech-recognition", model=model, device=device)
+        return pipeline("automatic-speech-recognition", model=model, device=device, dtype=dtype)
 
 
 def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
