@@ -75,7 +75,8 @@ class LabelEmissions:
     def all_probs(self) -> Tensor:
         """[B, T, A] probabilities of all labels, or [B, T, U'] of those kept; 0 for the blank and in padding."""
         if self._labels is not None:
-            return self._rows[1:].exp().view(*self._labels.shape, -1).transpose(1, 2)  # B*U', T -> B, T, U'
+            # B*U', T -> B, T, U', in this order, in which products with it are fastest.
+            return self._rows[1:].view(*self._labels.shape, -1).transpose(1, 2).contiguous().exp_()
         probs = self._source.to(self.dtype).exp()
         probs[:, :, self._blank_id] = 0.0
         # Assigned, never multiplied: padding may hold NaN.

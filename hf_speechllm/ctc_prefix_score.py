@@ -323,7 +323,7 @@ class CTCPrefixScorer:
         log_prob = _scan(nonblank, self._blank, self._silence[..., 1:])  # and is followed by blank
         torch.add(log_prob[..., :-2] + self._blank[..., 1:-1], emission[..., 2:], out=arrivals[1, ..., 2:])
         self._fill_padding(arrivals[1])
-        prefix_log_prob, repeat_log_prob = arrivals.logsumexp(3).flatten(1)
+        prefix_log_prob, repeat_log_prob = arrivals.logsumexp(3).flatten(1).unbind()
         new = CTCPrefixState(
             log_prob=torch.nn.functional.pad(log_prob, (1, 0), value=-math.inf).flatten(0, 1),
             prefix_log_prob=prefix_log_prob,
@@ -376,7 +376,7 @@ class CTCPrefixScorer:
         weights = torch.nn.functional.threshold_(log_weights, lowest, -math.inf).exp_().to(self._emissions.dtype)
         if weights.shape[1] < _LONG_FRAMES:
             return weights, slice(None), log_scale
-        used = weights.any(0).nonzero().flatten().tolist()
+        used = weights.amax(0).nonzero().flatten().tolist()
         frames = slice(used[0], used[-1] + 1) if used else slice(1)
         return weights[:, frames], frames, log_scale
 
