@@ -76,7 +76,7 @@ class LabelEmissions:
         """[B, T, A] probabilities of all labels, or [B, T, U'] of those kept; 0 for the blank and in padding."""
         if self._labels is not None:
             # B*U', T -> B, T, U', in this order, in which products with it are fastest.
-            return self._rows[1:].view(*self._labels.shape, -1).transpose(1, 2).contiguous().exp_()
+            return self._rows[1:].view(*self._labels.shape, -1).transpose(1, 2).contiguous().exp()
         probs = self._source.to(self.dtype).exp()
         probs[:, :, self._blank_id] = 0.0
         # Assigned, never multiplied: padding may hold NaN.
