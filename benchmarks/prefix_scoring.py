@@ -2,10 +2,10 @@
 
 Every system scores the same hypotheses on the same synthetic posteriors, in one process: it is built from the log-probs
 and then, at each of about T / 8 steps, scores the candidates of every hypothesis and its end, and moves to the given
-selection. Times are CPU time of the process, per utterance, the best of several runs. Memory is the peak of the
-resident set over that before the run, so beyond the posteriors. The error is the largest difference of the selected
-labels' prefix scores from a float64 recursion over frames, written out here; hypotheses with a label outside the top_k
-are left out. Prints a Markdown table.
+selection. Times are CPU time of the process, per utterance: the median of several runs, in which the systems take
+turns. Memory is the peak of the resident set over that before the run, so beyond the posteriors. The error is the
+largest difference of the selected labels' prefix scores from a float64 recursion over frames, written out here;
+hypotheses with a label outside the top_k are left out. Prints a Markdown table.
 
 Legend: B utterances, K beams, N = B*K hypotheses, T frames, V labels (blank 0), C candidates per hypothesis, S steps.
 
@@ -24,11 +24,12 @@ import importlib.util
 import itertools
 import logging
 import math
+import statistics
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ NUM_CANDIDATES = 32
 TOP_K = 512
 FRAMES_PER_LABEL = 8
 BLANK, EOS = 0, 1
+ROUNDS, SLICES = 5, 50  # in each round every system runs once, and again within this part of the time of one run
 
 
 class OverLimit(Exception):
@@ -288,32 +290,74 @@ class Measurement:
     max_error: float
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one run of a system may take."""
+
+    max_seconds: float
+    max_gib: float
+
+
+def measure_all(
+    systems: Sequence[System], search: Search, want: Tensor, limits: Limits
+) -> dict[str, Measurement | OverLimit]:
+    """By name of the system: how its median run is, or what limit it is over.
+
+    The first run of each shows memory and errors. Then all take turns, each for as long in a round, since a processor
+    is faster in one second than in the next.
+    """
+    results: dict[str, Measurement | OverLimit] = {}
+    for system in systems:
+        try:
+            results[system.name] = first_run(system, search, want, limits)
+        except OverLimit as reason:
+            results[system.name] = reason
+    runs = {system: [] for system in systems if isinstance(results[system.name], Measurement)}
+    for _, (system, seconds) in itertools.product(range(ROUNDS), runs.items()):
+        end = sum(seconds) + limits.max_seconds / SLICES
+        while sum(seconds) < end:
+            seconds.append(sum(taken for taken, _ in steps_of(system, search, limits)))
+    medians = {system.name: statistics.median(seconds) for system, seconds in runs.items()}
+    return {
+        name: replace(result, seconds=medians[name]) if name in medians else result for name, result in results.items()
+    }
+
+
 @torch.no_grad()
-def measure(system: System, search: Search, want: Tensor, max_seconds: float, max_gib: float) -> Measurement:
-    """Best of 2 to 30 runs, as many as fit into a tenth of `max_seconds`.
+def first_run(system: System, search: Search, want: Tensor, limits: Limits) -> Measurement:
+    """Time, memory and errors of a run that starts with as little memory as possible.
 
     Raises:
-        OverLimit: one run takes longer or needs more memory than granted.
+        OverLimit: it takes longer or needs more memory than granted.
     """
-    if system.gib(search) > max_gib:
+    if system.gib(search) > limits.max_gib:
         raise OverLimit(f"needs about {system.gib(search):.0f} GiB")
-    seconds, errors, peak = [], [], 0.0
-    while len(seconds) < 2 or (len(seconds) < 30 and sum(seconds) <= max_seconds / 10):
-        log_probs = search.log_probs.clone() if system.modifies else search.log_probs
-        own = Search(log_probs, search.lengths, search.candidates, search.parent, search.label)
-        before = _reset_peak_memory()
-        steps, elapsed = system.run(own), 0.0
-        for step in range(len(want)):
-            start = time.process_time()
-            psi, labels = next(steps)
-            elapsed += time.process_time() - start
-            if elapsed > max_seconds:
-                raise OverLimit(f"over {max_seconds:.0f} s at step {step + 1} of {len(want)}")
-            got = selected_scores(psi, labels, search.parent[step], search.label[step])
-            errors.append(float((got - want[step])[got > LOG_PROB_FLOOR / 2].abs().max()))
-        seconds.append(elapsed)
-        peak = max(peak, _memory_mib("VmHWM") - before)
-    return Measurement(min(seconds), peak, max(errors))
+    before = _reset_peak_memory()
+    seconds, max_error = 0.0, 0.0
+    for step, (taken, (psi, labels)) in enumerate(steps_of(system, search, limits)):
+        seconds += taken
+        got = selected_scores(psi, labels, search.parent[step], search.label[step])
+        max_error = max(max_error, float((got - want[step])[got > LOG_PROB_FLOOR / 2].abs().max()))
+    return Measurement(seconds, _memory_mib("VmHWM") - before, max_error)
+
+
+@torch.no_grad()
+def steps_of(system: System, search: Search, limits: Limits) -> Iterator[tuple[float, Scores]]:
+    """CPU seconds and scores of each step of a run; the first one with what is done before.
+
+    Raises:
+        OverLimit: it takes longer than granted.
+    """
+    log_probs = search.log_probs.clone() if system.modifies else search.log_probs
+    steps, elapsed = system.run(replace(search, log_probs=log_probs)), 0.0
+    for step in range(len(search.label)):
+        start = time.process_time()
+        scores = next(steps)
+        taken = time.process_time() - start
+        elapsed += taken
+        if elapsed > limits.max_seconds:
+            raise OverLimit(f"over {limits.max_seconds:.0f} s at step {step + 1} of {len(search.label)}")
+        yield taken, scores
 
 
 def _memory_mib(key: str) -> float:
@@ -363,16 +407,15 @@ def main() -> None:
         cell = f"| {num_utterances} | {num_frames} | {num_labels} |"
         search = make_search(num_utterances, num_frames, num_labels)
         want = reference_scores(search)
+        results = measure_all(systems, search, want, Limits(args.max_seconds, args.max_gib))
         slowest = None  # seconds of the first system that ran: ESPnet with candidates
-        for system in systems:
-            try:
-                result = measure(system, search, want, args.max_seconds, args.max_gib)
-            except OverLimit as reason:
-                print(f"{cell} {system.name} | skipped: {reason} | | | |", flush=True)
+        for name, result in results.items():
+            if isinstance(result, OverLimit):
+                print(f"{cell} {name} | skipped: {result} | | | |", flush=True)
                 continue
             slowest = slowest or result.seconds
             print(
-                f"{cell} {system.name} | {result.seconds * 1e3 / num_utterances:.1f} | "
+                f"{cell} {name} | {result.seconds * 1e3 / num_utterances:.1f} | "
                 f"{slowest / result.seconds:.1f} | {result.peak_mib:.0f} | {result.max_error:.0e} |",
                 flush=True,
             )

@@ -69,7 +69,7 @@ class LabelEmissions:
             self._copy(self._source, every.expand(len(labels), -1))
         rows = self._row_of_label.gather(1, labels.remainder(self._num_labels + 1))
         table = self._rows[:, frames]
-        return table.index_select(0, rows.flatten()).view(*rows.shape, table.shape[1])
+        return table.index_select(0, rows.flatten()).clamp_(min=LOG_PROB_FLOOR).view(*rows.shape, table.shape[1])
 
     @cached_property
     def all_probs(self) -> Tensor:
@@ -99,7 +99,7 @@ class LabelEmissions:
         self._rows = torch.empty(1 + labels.numel(), num_frames, dtype=self.dtype, device=log_probs.device)
         self._rows[0] = LOG_PROB_FLOOR
         for index, rows in enumerate(self._rows[1:].view(num_utterances, -1, num_frames)):
-            rows.copy_(log_probs[index].t()).clamp_(min=LOG_PROB_FLOOR)  # far faster than a batch of matrices
+            rows.copy_(log_probs[index].t())  # far faster than a batch of matrices
             if self._is_padding is not None:
                 rows.masked_fill_(self._is_padding[index], LOG_PROB_FLOOR)
         numbers = torch.arange(1, len(self._rows), device=labels.device).view_as(labels)
