@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import loud_model, noise, tiny_model, tiny_processor
 
-from benchmarks import long_audio, no_speech, systems
+from benchmarks import joint_weights, long_audio, no_speech, systems
 from hf_speechllm.ctc_alignment import AlignedWord
 from hf_speechllm.metrics import PairedDifference, normalize_english
 from hf_speechllm.segmentation import split_at_pauses
@@ -117,6 +117,17 @@ def test_the_table_of_systems_says_what_was_measured(folder, tmp_path, capsys, m
     monkeypatch.delattr(Recogniser, "transcribe")  # nothing is decoded again
     run(systems, folder, tmp_path, *arguments)
     assert capsys.readouterr().out.splitlines()[-3:] == printed[-3:]
+
+
+def test_the_table_of_weights_has_a_line_for_each_variant(folder, capsys, monkeypatch):
+    monkeypatch.setattr(joint_weights, "SAMPLES", folder)
+    sf.write(folder / "sample.flac", noise(0.5)[0], 16000)
+    arguments = ["--model", str(folder / "model"), "--num-beams", "2", "--new-tokens", "3", "--repeats", "1"]
+    monkeypatch.setattr("sys.argv", ["joint_weights", *arguments])
+    joint_weights.main()
+    lines = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[0].partition(",")[0] for line in lines[1:]] == ["float32", "float32", "bfloat16", "bfloat16"]
+    assert all(float(line[1]) >= 0 and float(line[2]) > 0 for line in lines[1:]) and float(lines[1][2]) == 1.0
 
 
 def test_a_line_of_the_table_of_systems():

@@ -196,6 +196,7 @@ MISTAKES = [
     (("texts", "--cache", "0.wav"), "--cache: expected a folder, got the file 0.wav"),
     (("benchmarks.joint_decoding", "--model", "./absent"), "--model: no such folder: ./absent"),
     (("benchmarks.joint_decoding", "--repeats", "0"), "--repeats: expected at least 1, got 0"),
+    (("benchmarks.joint_weights", "--model", "./absent"), "--model: no such folder: ./absent"),
     (("benchmarks.training_speed", "--manifests", "good.jsonl", "--steps", "1"), "--steps: expected at least 2"),
     (("benchmarks.ctc_beam_search", "--peer-python", "./absent"), "--peer-python: expected a program, got ./absent"),
     (("benchmarks.ctc_beam_search", "--frames", "5", "0"), "--frames: expected at least 1, got 0"),
