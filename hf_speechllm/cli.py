@@ -1,7 +1,6 @@
 """The command line: `speechllm transcribe recording.wav`."""
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -33,6 +32,7 @@ from .transcription import (
     describe_load_error,
     describe_modes,
     mode_options,
+    parse_json_object,
     transcribe,
 )
 
@@ -376,12 +376,9 @@ def _positive(text: str) -> int:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
-    return value
+        return parse_json_object(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _weight(text: str) -> float:

@@ -5,6 +5,7 @@ recording that fails, fails alone.
 """
 
 import ctypes
+import json
 import sys
 import time
 from collections import deque
@@ -89,6 +90,21 @@ def describe_load_error(option: str, name: str, error: Exception) -> str:
     if check_model_name(option, name):
         return f"{option}: no such folder: {name}; as a Hub id it cannot be loaded either {reason}"
     return f"{option}: {name} cannot be loaded {reason}"
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """The JSON object that `text`, an option or a line of a file, spells.
+
+    Raises:
+        ValueError: It spells something else, or nothing; the message quotes its beginning.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {text.strip()[:60]!r} ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {text.strip()[:60]!r}")
+    return value
 
 
 def check_device(device: str) -> None:

@@ -174,7 +174,7 @@ MISTAKES = [
     (("leaderboard", "scored.jsonl", "--repository", "empty"), "repository: expected a clone"),
     (
         ("train_vocabulary", "out", "--size", "13", "--texts", "list.jsonl"),
-        "list.jsonl:1: field 'text' must be a string",
+        "list.jsonl:1: expected a JSON object, got",
     ),
     (("train_vocabulary", "out", "--size", "13", "--texts", "text.jsonl"), "text.jsonl:1: expected a JSON object"),
     (("train_vocabulary", "out", "--size", "13", "--texts", "empty"), "texts: empty cannot be read as UTF-8 text"),

@@ -1,7 +1,6 @@
 """What the commands have in common: a mistake of the user is told in one line, and found before long work begins."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from transformers import GenerationConfig
 
 from hf_speechllm.audio import one_line
 from hf_speechllm.combination import DecodingOptions
-from hf_speechllm.transcription import check_model_name, describe_load_error
+from hf_speechllm.transcription import check_model_name, describe_load_error, parse_json_object
 from training.evaluation_data import UsageError
 
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -121,12 +120,9 @@ def json_object(option: str, text: str) -> dict[str, Any]:
         UsageError: If it is something else.
     """
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{option}: expected a JSON object, got {text!r} ({error})") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{option}: expected a JSON object, got {text!r}")
-    return value
+        return parse_json_object(text)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from None
 
 
 def decoding_options(option: str, text: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import soundfile as sf
 
+from hf_speechllm.transcription import parse_json_object
 from training.data_report import DataError
 from training.evaluation_data import TEXT_COLUMNS
 
@@ -308,12 +308,9 @@ def _header_duration_of(example: dict[str, Any], column: str) -> dict[str, float
 
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r} ({error}).") from None
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where}: expected a JSON object, got {line[:60]!r}.")
-    return entry
+        return parse_json_object(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from None
 
 
 def _metadata_of(folder: Path, split: str) -> Path | None:

@@ -1,7 +1,6 @@
 """Utterances to evaluate on: local JSONL manifests, and `datasets` (streamed) with the leaderboard's conventions."""
 
 import io
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import soundfile as sf
 
 from hf_speechllm.audio import SAMPLING_RATE, AudioError, load_audio, prepare_waveform
+from hf_speechllm.transcription import parse_json_object
 
 # Columns that hold the reference, in the order of the leaderboard's own script.
 TEXT_COLUMNS = ("text", "sentence", "normalized_text", "transcript", "transcription")
@@ -90,11 +90,9 @@ def _parse_object(content: bytes, where: str, required: Sequence[str]) -> dict[s
     except UnicodeDecodeError as error:
         raise UsageError(f"{where}: expected UTF-8 ({error})") from None
     try:
-        entry = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: expected a JSON object, got {text.strip()[:60]!r} ({error})") from None
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where}: expected a JSON object, got {text.strip()[:60]!r}")
+        entry = parse_json_object(text)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
     for name in required:
         if name not in entry:
             raise UsageError(f"{where}: field {name!r} is missing; there are {sorted(entry)}")

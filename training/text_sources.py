@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_speechllm.audio import one_line
+from hf_speechllm.transcription import parse_json_object
 from training.row_reader import NORMALIZATIONS
 
 
@@ -95,10 +95,9 @@ def _read_file(path: Path) -> Iterator[str]:
 
 def _text_of(line: str, where: str) -> str:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a JSON object, got {line.strip()[:60]!r} ({error}).") from None
-    text = entry.get("text") if isinstance(entry, dict) else None
+        text = parse_json_object(line).get("text")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from None
     if not isinstance(text, str):
         raise ValueError(f"{where}: field 'text' must be a string, got {text!r}.")
     return text
