@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import RATE, tone, write_config, write_manifest
-from tiny_models import loud_model, tiny_processor
+from tiny_models import loud_model, tiny_model, tiny_processor
 
 from training.arguments import TuningArguments, load_stages
 from training.lora import cast_frozen
@@ -55,8 +55,9 @@ def linear_dtypes(language_model) -> set[torch.dtype]:
         for _, parameter in module.named_parameters(recurse=False)
         if isinstance(module, torch.nn.Linear) and "lora_" not in name
     }
-    others = {id(p): p.dtype for n, p in language_model.named_parameters() if "proj" not in n or "lora_" in n}
-    assert set(others.values()) <= {torch.float32} | set(inside.values()) and inside
+    rest = [n for n, _ in language_model.named_parameters() if "proj" not in n or "lora_" in n]
+    others = {n: language_model.get_parameter(n).dtype for n in rest if not n.startswith("lm_head")}
+    assert inside and set(others.values()) == {torch.float32}
     return set(inside.values())
 
 
@@ -108,6 +109,15 @@ def test_what_learns_in_a_stage_or_has_learnt_stays_in_float32(tmp_path):
         if found is None:
             found = kept[".base_layer.".join(name.rpartition(".")[::2])]
         assert torch.equal(found, learnt[name]), name
+
+
+def test_an_output_layer_that_is_the_embeddings_is_not_rounded():
+    language_model = tiny_model(text="gemma").language_model.requires_grad_(False)
+    assert language_model.get_output_embeddings().weight is language_model.get_input_embeddings().weight
+    before = language_model.get_input_embeddings().weight.clone()
+    cast_frozen(language_model, "bfloat16", "cpu")
+    assert linear_dtypes(language_model) == {torch.bfloat16}
+    assert torch.equal(language_model.get_output_embeddings().weight, before)
 
 
 def test_a_dtype_that_does_not_exist_is_refused():
