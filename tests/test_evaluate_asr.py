@@ -149,6 +149,21 @@ def test_the_type_of_the_weights_can_be_chosen(folder):
     assert arguments.dtype == "bfloat16"
 
 
+def test_an_adapter_is_merged_on_demand(folder, monkeypatch, capsys):
+    merged = []
+    monkeypatch.setattr(
+        "hf_speechllm.SpeechLLMForConditionalGeneration.merge_adapter", lambda model: merged.append(model)
+    )
+    command = [str(folder / "data.jsonl"), "--model", str(folder / "model"), "--limit", "1", "--device", "cpu"]
+    parse = evaluate_asr.build_parser().parse_args
+    evaluate_asr.evaluate(parse([*command, "--mode", "llm"]))
+    assert merged == []
+    evaluate_asr.evaluate(parse([*command, "--mode", "llm", "--merge-adapter"]))
+    assert len(merged) == 1
+    with pytest.raises(UsageError, match="--merge-adapter: --mode rescoring needs the language model without"):
+        evaluate_asr.evaluate(parse([*command, "--mode", "llm", "--mode", "rescoring", "--merge-adapter"]))
+
+
 def test_offset_and_rate_of_the_audio(folder):
     utterances = read_manifest(folder / "data.jsonl")
     whole, _ = sf.read(folder / "audio" / "1.wav", dtype="float32")

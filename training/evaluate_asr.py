@@ -60,7 +60,7 @@ from training.decoding_run import (
 from training.evaluation_data import UsageError, Utterance, batches, read_json_lines, read_manifest, stream_dataset
 from training.html_report import SystemReport, html_report
 from training.leaderboard import DATASETS, is_scored, leaderboard_normalizer, manifest_name
-from training.recognisers import Recogniser, default_mode, load_pipeline, mode_options
+from training.recognisers import Recogniser, default_mode, load_pipeline, merge_adapter, mode_options
 from training.scoring import counts, score_system
 
 _EPILOG = f"""\
@@ -138,6 +138,11 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="type of the weights (default: %(default)s, what the model was saved in)",
     )
+    add(
+        "--merge-adapter",
+        action="store_true",
+        help="add the LoRA of a speech LLM to its weights, which is faster; for joint and llm (default: beside them)",
+    )
     add("--limit", type=int, metavar="N", help="use only the first utterances (default: all)")
     add(
         "--generate",
@@ -193,6 +198,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     pipe = load_pipeline(arguments.model, device, dtype=arguments.dtype)
     modes = list(dict.fromkeys(arguments.mode or [default_mode(pipe, extra)]))
     options = {mode: mode_options(pipe, mode, extra) for mode in modes}  # all are checked before the first is decoded
+    if arguments.merge_adapter:
+        merge_adapter(pipe, modes)
     if arguments.leaderboard_dir is not None and len(modes) > 1:
         raise UsageError(f"--leaderboard-dir: takes one --mode, got {', '.join(modes)}")
     system = arguments.system or (arguments.model or "hf_speechllm/default").removeprefix("base:")
@@ -288,6 +295,7 @@ def recognise(
         "batch_size": arguments.batch_size,
         "device": torch.device(arguments.device).type,
         "dtype": arguments.dtype,
+        "merge_adapter": arguments.merge_adapter,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "format": JOURNAL_FORMAT,

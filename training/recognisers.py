@@ -15,7 +15,7 @@ from transformers import AutomaticSpeechRecognitionPipeline, pipeline
 
 import hf_speechllm
 from hf_speechllm.assembly import RECIPE_NAME, load_trained_parts, resolve_model
-from hf_speechllm.combination import check_given_options
+from hf_speechllm.combination import COMBINATIONS, check_given_options
 from hf_speechllm.transcription import DECODING_MODES, check_device
 from hf_speechllm.transcription import mode_options as speech_llm_options
 from training.command_line import loading
@@ -93,6 +93,24 @@ def load_pipeline(
                 device=device,
             )
         return pipeline("automatic-speech-recognition", model=model, device=device, dtype=dtype)
+
+
+def merge_adapter(pipe: AutomaticSpeechRecognitionPipeline, modes: Sequence[str]) -> None:
+    """Add the LoRA of a speech LLM to its weights.
+
+    Args:
+        pipe: its pipeline.
+        modes: how it is going to decode.
+
+    Raises:
+        UsageError: it is no speech LLM, or one of the modes needs the language model without the LoRA.
+    """
+    if not is_speech_llm(pipe):
+        raise UsageError("--merge-adapter: is for speech LLMs of this package; drop it")
+    others = [mode for mode in modes if mode in COMBINATIONS]
+    if others:
+        raise UsageError(f"--merge-adapter: --mode {others[0]} needs the language model without its adapter; drop one")
+    pipe.model.merge_adapter()
 
 
 def is_speech_llm(pipe: AutomaticSpeechRecognitionPipeline) -> bool:
