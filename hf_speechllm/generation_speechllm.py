@@ -131,7 +131,7 @@ class SpeechLLMGenerationMixin(GenerationMixin):
 
         The language model is then no longer there without them: the modes that combine it with CTC need another, `lm`.
         """
-        self._has_plain_language_model = not has_adapters(self.language_model)
+        self._has_plain_language_model = self._has_plain_language_model and not has_adapters(self.language_model)
         merge_adapters(self)
 
     def _completed(self, generation_config: GenerationConfig | None) -> GenerationConfig:

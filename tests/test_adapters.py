@@ -461,6 +461,7 @@ def test_merged_for_good_it_decodes_the_same_and_no_longer_combines_with_itself(
         by_other = model.generate(**inputs, mode="rescoring", lm=other, **options)
     assert torch.equal(by_other, combined)
     model.merge_adapter()
+    model.merge_adapter()  # nothing is left to do, and what is lost stays lost
     assert not has_adapters(model)
     assert torch.equal(model.generate(**inputs, **joint), before)
     for mode in ("rescoring", "label_fusion", "delayed_fusion"):
