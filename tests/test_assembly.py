@@ -72,7 +72,7 @@ def save_parts(folder: Path, model, names: set[str], arguments: ModelArguments, 
     save_trained(model, names, folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    stage = Stage("main", arguments, tuning, DataArguments(), None, {}, {})
+    stage = Stage("main", arguments, tuning, DataArguments(), None, {}, None, {})
     (folder / "recipe.json").write_text(json.dumps(recipe(stage, model)))
 
 

@@ -114,7 +114,7 @@ MISTAKES = [
     (("interpolate", "parts", "bad_recipe", "out", *SHARES), "bad_recipe/recipe.json: expected a JSON object, got '{'"),
     (("interpolate", "parts", "bad_weights", "out", *SHARES), "bad_weights/trained.safetensors: expected weights"),
     (("interpolate", "parts", "parts", "empty", *SHARES), "OUTPUT: empty exists already; give a new folder"),
-    (("interpolate", "parts", "parts", "out", "--shares", "0"), "shares: expected one for layer 0"),
+    (("interpolate", "parts", "parts", "out", "--shares", "0.5", "2"), "shares: expected a list of numbers from 0"),
     (("estimate_prior", "absent", "good.jsonl"), "MODEL: no such folder: absent"),
     (("estimate_prior", "empty", "good.jsonl"), "MODEL: empty cannot be loaded (OSError: "),
     (("estimate_prior", "short_recipe", "good.jsonl"), "short_recipe/recipe.json: field 'audio_model' is missing"),

@@ -66,7 +66,7 @@ def test_what_nobody_said_is_not_in_the_card(parts):
     assert "new_mode" in text
     assert not any(word in text for word in ("interpolate", "training/configs", "Synthetic", "pip install", "in total"))
     recipe = json.loads((parts / "recipe.json").read_text())
-    (parts / "recipe.json").write_text(json.dumps({**recipe, "encoder_shares": [0.0, 0.5]}))
+    (parts / "recipe.json").write_text(json.dumps({**recipe, "interpolation_shares": [0.0, 0.5]}))
     subject = subject_of_parts("tiny", USAGE, parts, "Synthetic speech only.", "tiny.yaml", total_parameters=5_000_000)
     text = write_card(subject, [])
     assert "training/interpolate.py`, shares [0.0, 0.5]" in text and "training/configs/tiny.yaml" in text

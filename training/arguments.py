@@ -7,6 +7,7 @@ training: {...}     transformers' Seq2SeqTrainingArguments
 stages:             run one after the other, each starts from the weights of the one before
   - name: ctc
     tuning: {...}   differences from the sections above, for this stage
+    interpolate: {...}  start, shares: what it leaves lies between an earlier stage and it (training/interpolate.py)
 base: other.yaml    a file beside this one that this one changes: key by key, stages by their name
 recipe: {...}       how the data are made, and what becomes of the trained model (training/recipe.py)
 """
@@ -27,6 +28,7 @@ from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.generation_speechllm import OPTION_DEFAULTS
 from training.augment import SAMPLING_RATE, AugmentOptions
 from training.data_sources import SourceOptions
+from training.interpolate import Interpolation
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
 from training.trained_parts import lora_options, parts_folder
@@ -181,7 +183,10 @@ class DataArguments:
 
 @dataclass
 class Stage:
-    """One stage of a run, with everything resolved; `effective` is the config that says so."""
+    """One stage of a run, with everything resolved; `effective` is the config that says so.
+
+    `interpolate` is not part of it: the stage can be trained from that config alone, without the earlier one.
+    """
 
     name: str
     model: ModelArguments
@@ -189,6 +194,7 @@ class Stage:
     data: DataArguments
     training: Seq2SeqTrainingArguments
     generation: dict[str, Any]
+    interpolate: Interpolation | None
     effective: dict[str, Any]
 
 
@@ -221,7 +227,8 @@ def stages_of(
         raise ValueError(f"{config_path}: every stage needs a name of its own, got {names}.")
     stages = []
     for raw in raw_stages:
-        reject_unknown(raw, {*common, "name"} - {"model"}, f"stage {raw.get('name')!r} of {config_path}")
+        where = f"stage {raw['name']!r} of {config_path}"
+        reject_unknown(raw, {*common, "name", "interpolate"} - {"model"}, where)
         merged = {name: {**common[name], **(raw.get(name) or {})} for name in common}
         for override in overrides or []:
             apply_override(merged, override)
@@ -239,11 +246,25 @@ def stages_of(
                 name=raw["name"],
                 training=parse_section(Seq2SeqTrainingArguments, training, "training"),
                 generation=merged["generation"],
+                interpolate=_interpolation(raw.get("interpolate"), [stage.name for stage in stages], where),
                 effective={**effective, "generation": merged["generation"], "stages": [{"name": raw["name"]}]},
                 **parts,
             )
         )
     return stages
+
+
+def _interpolation(values: Any, earlier: list[str], where: str) -> Interpolation | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict) or values.keys() != {"start", "shares"}:
+        raise ValueError(f"{where}, interpolate: expected {{start: STAGE, shares: [NUMBER, ...]}}, got {values!r}.")
+    interpolation = parse_options(Interpolation, values, f"{where}, interpolate")
+    if interpolation.start not in earlier:
+        raise ValueError(
+            f"{where}, interpolate.start: expected one of the earlier stages, {earlier}, got {interpolation.start!r}."
+        )
+    return interpolation
 
 
 def _resolve_trained_parts(merged: dict[str, dict[str, Any]]) -> None:

@@ -1,10 +1,14 @@
-"""Interpolate the encoder and CTC head of two runs, layer by layer: what was learned on synthesis, tempered.
+"""Interpolate two runs, layer by layer or as a whole: what was learned on synthesis, tempered; the mean of two stages.
 
     python -m training.interpolate START END OUTPUT --shares 0 0 0.2 0.5 0.8 1 1
 
 START and END are folders of trained parts (training/train.py) of one recipe. Every encoder layer goes its share of the
-way from START to END, the last share is that of the final norm and the CTC head; all other weights are END's. A layer
-that START has not trained, with share 0, stays as pre-trained and is left out. Choose the shares on development data.
+way from START to END, the last share is that of the final norm and the CTC head; all other weights are END's. A single
+share is that of all weights. What START has not trained, with share 0, stays as pre-trained and is left out. Choose the
+shares on development data. A config can say the same of two of its stages:
+
+    - name: ctc_more
+      interpolate: {start: ctc_games, shares: [0.5]}  # what this stage leaves is the mean of both
 
 Source: Wortsman et al. (2022), "Robust fine-tuning of zero-shot models".
 """
@@ -13,7 +17,10 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,11 +30,49 @@ from training.command_line import check_folder, errors_in_one_line
 from training.evaluation_data import UsageError
 from training.trained_parts import read_recipe, read_trained_weights
 
+SHARES_FIELD = "interpolation_shares"  # of the recipe of interpolated parts
 _LAYER = re.compile(r"^audio_tower\..*?layers\.(\d+)\.")
 
 
+@dataclass(frozen=True)
+class Interpolation:
+    """What a stage leaves lies between the weights of the earlier stage `start` and its own; see the head of this file.
+
+    What `start` has not trained counts with its weights at the begin of the run.
+    """
+
+    start: str
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        check_shares(self.shares)
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Raises ValueError if they are not a list of numbers from 0 to 1, at least one."""
+    if not isinstance(shares, list | tuple) or not shares or not all(_is_share(share) for share in shares):
+        raise ValueError(f"shares: expected a list of numbers from 0 (start) to 1 (end), got {shares!r}.")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and 0.0 <= value <= 1.0
+
+
+def share_of(name: str, shares: Sequence[float]) -> float:
+    """The share of the weight called `name`; raises ValueError if there is none for its layer."""
+    if len(shares) == 1:
+        return shares[0]
+    layer = _LAYER.match(name)
+    if layer is None:
+        return shares[-1] if name.startswith(("audio_tower.", "ctc_head.")) else 1.0
+    index = int(layer.group(1))
+    if index >= len(shares) - 1:
+        raise ValueError(f"shares: expected one for layer {index} and one for norm and head, got {len(shares)}.")
+    return shares[index]
+
+
 def interpolate(
-    start: dict[str, torch.Tensor], end: dict[str, torch.Tensor], shares: list[float]
+    start: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor], shares: Sequence[float]
 ) -> dict[str, torch.Tensor]:
     """The weights between `start` and `end`; see the head of this file.
 
@@ -35,19 +80,13 @@ def interpolate(
         ValueError: If a share is not between 0 and 1, there is no share for a layer, a weight with a share of neither 0
             nor 1 is not in `start`, or has another shape there.
     """
-    if not all(0.0 <= share <= 1.0 for share in shares):
-        raise ValueError(f"shares: expected numbers from 0 (start) to 1 (end), got {shares}.")
+    check_shares(shares)
     result = {}
     for name, value in end.items():
-        layer = _LAYER.match(name)
-        if layer is None and not name.startswith(("audio_tower.", "ctc_head.")):
+        share = share_of(name, shares)
+        if not value.is_floating_point():  # no weight, such as chains of labels
             result[name] = value
-            continue
-        index = len(shares) - 1 if layer is None else int(layer.group(1))
-        if layer is not None and index >= len(shares) - 1:
-            raise ValueError(f"shares: expected one for layer {index} and one for norm and head, got {len(shares)}.")
-        share = shares[index]
-        if name in start:
+        elif name in start:
             if start[name].shape != value.shape:
                 raise ValueError(
                     f"start: {name!r} has the shape {list(start[name].shape)}, in end it is {list(value.shape)}; "
@@ -75,9 +114,13 @@ def write_between(start: Path, end: Path, output: Path, shares: list[float]) -> 
         raise UsageError(f"OUTPUT: {output} exists already; give a new folder")
     state = interpolate(read_trained_weights(start), read_trained_weights(end), shares)
     shutil.copytree(end, output, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt*"))
-    save_file(state, output / TRAINED_WEIGHTS_NAME)
-    recipe["encoder_shares"] = shares
-    (output / RECIPE_NAME).write_text(json.dumps(recipe, indent=2) + "\n")
+    write_state(state, output, recipe, shares)
+
+
+def write_state(state: dict[str, torch.Tensor], folder: Path, recipe: dict[str, Any], shares: Sequence[float]) -> None:
+    """Write interpolated weights, and the recipe that says so, into a folder of trained parts."""
+    save_file(state, folder / TRAINED_WEIGHTS_NAME)
+    (folder / RECIPE_NAME).write_text(json.dumps({**recipe, SHARES_FIELD: list(shares)}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -92,7 +135,7 @@ def main() -> None:
         nargs="+",
         required=True,
         metavar="SHARE",
-        help="from 0 (START) to 1 (END): one for each encoder layer, and one for norm and CTC head",
+        help="from 0 (START) to 1 (END): one for each encoder layer, and one for norm and CTC head; or one for all",
     )
     arguments = parser.parse_args()
     with errors_in_one_line("interpolate"):

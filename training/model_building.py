@@ -16,6 +16,7 @@ from hf_speechllm.processing_speechllm import SpeechLLMProcessor
 from hf_speechllm.vocabulary import build_language_model, subword_chains, subword_labels
 from training.arguments import ModelArguments, Stage
 from training.checkpoints import load_state
+from training.interpolate import SHARES_FIELD
 from training.lora import add_lora, lora_scaling
 from training.trained_parts import lora_layers, parts_folder, read_recipe, scaling_of, weight_shapes
 
@@ -153,7 +154,9 @@ def recipe(stage: Stage, model: PreTrainedModel) -> dict[str, Any]:
     scalings = {part: lora_scaling(model.get_submodule(part)) for part in LORA_PARTS}
     adapters = {part: scaling for part, scaling in scalings.items() if scaling is not None}
     if stage.model.trained_parts is not None:
-        return {**read_recipe(parts_folder(stage.model.trained_parts)), "lora_scaling": adapters}
+        inherited = read_recipe(parts_folder(stage.model.trained_parts))
+        inherited.pop(SHARES_FIELD, None)  # that of weights which have learnt since
+        return {**inherited, "lora_scaling": adapters}
     return {
         "audio_model": stage.model.audio_model,
         "language_model": stage.model.language_model,

@@ -22,6 +22,7 @@ from hf_speechllm.configuration_speechllm import SpeechLLMConfig
 from hf_speechllm.transcription import DECODING_MODES
 from training.command_line import errors_in_one_line, make_parent
 from training.evaluation_data import UsageError, is_number, read_json_lines, read_json_object
+from training.interpolate import SHARES_FIELD
 from training.trained_parts import read_recipe, weight_shapes
 
 TASK = "automatic-speech-recognition"
@@ -201,8 +202,8 @@ def subject_of_parts(
     for file in (CONFIG_NAME, GENERATION_CONFIG_NAME):
         read_json_object(parts / file)
     notes = [f"The recipe is `training/configs/{config_file}`."] if config_file else []
-    if shares := recipe.get("encoder_shares"):
-        notes.append(f"The encoder lies between two of its stages (`training/interpolate.py`, shares {shares}).")
+    if shares := recipe.get(SHARES_FIELD):
+        notes.append(f"The weights lie between those of two stages (`training/interpolate.py`, shares {shares}).")
     return Subject(
         name=name,
         usage=usage,

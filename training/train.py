@@ -29,10 +29,12 @@ from training.command_line import errors_in_one_line
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
+from training.interpolate import SHARES_FIELD, interpolate, share_of, write_state
 from training.lora import FROZEN_DTYPES, add_lora, cast_frozen, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
 from training.spec_augment import SpecAugmentOptions
+from training.trained_parts import read_recipe, read_trained_weights, weight_shapes
 from training.trainer import SpeechLLMTrainer, check_report_to, check_sharding, final_norm
 
 logger = logging.getLogger(__name__)
@@ -131,6 +133,10 @@ def warn_of_changes(stage: Stage, final: Path) -> None:
         for key in sorted({*values, *trained_with.get(section, {})})
         if trained_with.get(section, {}).get(key) != values.get(key)
     ]
+    shares = read_recipe(final, ()).get(SHARES_FIELD)
+    expected = None if stage.interpolate is None else list(stage.interpolate.shares)
+    if shares != expected:
+        changes.append(f"interpolate.shares was {shares}, is {expected}")
     if changes:
         logger.warning(
             "stage %s was trained with other options: %s; remove %s to train it again",
@@ -193,6 +199,56 @@ def build_trainer(
     )
 
 
+def check_interpolation(stage: Stage, start: Path, trained: Collection[str], initial: Collection[str]) -> None:
+    """Refuse before a stage is trained what could not be interpolated afterwards.
+
+    Args:
+        stage: The stage.
+        start: Folder of the earlier one.
+        trained: Names of the weights that the stage will leave.
+        initial: Names of those that the run began with.
+
+    Raises:
+        ValueError: If there is no share for a weight, or a weight to start from is missing.
+    """
+    known = {*weight_shapes(start), *initial}
+    for name in sorted(trained):
+        try:
+            is_missing = share_of(name, stage.interpolate.shares) < 1.0 and name not in known
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}, interpolate.{error}") from None
+        if is_missing:
+            raise ValueError(
+                f"stage {stage.name!r}, interpolate.start: {stage.interpolate.start!r} has no weight {name!r}; "
+                "expected a stage with the same LoRA, or shares for encoder layers, norm and CTC head only."
+            )
+
+
+def interpolate_stage(stage: Stage, start: Path, folder: Path, seed: int) -> None:
+    """Move the weights in `folder`, which the stage left, towards those in `start`; `seed` is that of the model."""
+    start_weights, end_weights = read_trained_weights(start), read_trained_weights(folder)
+    if not end_weights.keys() <= start_weights.keys():
+        set_seed(seed)
+        start_weights = {**build_model(stage.model)[0].state_dict(), **start_weights}
+    state = interpolate(start_weights, end_weights, stage.interpolate.shares)
+    write_state(state, folder, read_recipe(folder), stage.interpolate.shares)
+
+
+def train_stage(stage: Stage, trainer: SpeechLLMTrainer, final: Path, start: Path | None, seed: int) -> None:
+    """Train, and write the folder `final`, which is there only once it is complete; see [`interpolate_stage`]."""
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
+    trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
+    unfinished = final.with_name("final.unfinished")
+    trainer.save_model(str(unfinished))
+    if trainer.args.should_save:
+        if start is not None:
+            interpolate_stage(stage, start, unfinished, seed)
+        unfinished.rename(final)
+        logger.info("stage %s: %s", stage.name, DataReport.load(final).summary())
+    trainer.accelerator.wait_for_everyone()
+
+
 def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None) -> None:
     """Train stage after stage; what is already there is not done again.
 
@@ -209,9 +265,10 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
     check_sharding(stages[0].training)
     set_seed(stages[0].training.seed)
     model, processor = build_model(stages[0].model)
-    trained_names = already_trained(stages[0].model, model)
+    trained_names, initial_names = already_trained(stages[0].model, model), set(model.state_dict())
+    finals = {stage.name: Path(stage.training.output_dir) / "final" for stage in stages}
     for stage in stages:
-        final = Path(stage.training.output_dir) / "final"
+        final = finals[stage.name]
         if stage.tuning.projector == "lora" and not any(n.startswith("multi_modal_projector.") for n in trained_names):
             raise ValueError(
                 f"stage {stage.name!r}, tuning.projector: lora adapts a projector that has learnt, and this one starts "
@@ -233,17 +290,15 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
                 )
             return
         trainer = build_trainer(stage, model, processor, data_dir, trained_names)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        logger.info("stage %s: %.2f M of the parameters learn", stage.name, trained / 1e6)
-        trainer.train(resume_from_checkpoint=last_checkpoint(stage.training.output_dir))
+        start = None if stage.interpolate is None else finals[stage.interpolate.start]
+        if start is not None:
+            check_interpolation(stage, start, trainer.trained_names, initial_names)
+        train_stage(stage, trainer, final, start, stages[0].training.seed)
         trained_names = trainer.trained_names
-        unfinished = final.with_name("final.unfinished")
-        trainer.save_model(str(unfinished))
-        if trainer.args.should_save:
-            unfinished.rename(final)
-            logger.info("stage %s: %s", stage.name, DataReport.load(final).summary())
-        trainer.accelerator.wait_for_everyone()
-        if stage is not stages[-1] and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        is_divided = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if start is not None and not is_divided:
+            load_trained(model, final)
+        if stage is not stages[-1] and is_divided:
             # The parameters stay divided or cast: the next stage starts from a fresh model and the weights on disk.
             if trainer.is_deepspeed_enabled:
                 AcceleratorState._reset_state()  # which holds the stage's plugin, and would refuse the next one's
