@@ -34,8 +34,10 @@ SHARDING = {
     "FSDP2": {"FSDP2_ON_CPU": "1"},
     "ZeRO-2": {**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
 }
+CTC = {"encoder": "full", "ce_loss_weight": 0.0, "ctc_loss_weight": 1.0}
 STAGES = [
-    {"name": "ctc", "tuning": {"encoder": "full", "ce_loss_weight": 0.0, "ctc_loss_weight": 1.0}},
+    {"name": "ctc", "tuning": CTC},
+    {"name": "mean", "tuning": CTC, "interpolate": {"start": "ctc", "shares": [0.5]}},
     {"name": "llm", "tuning": {"encoder": "full", "llm": "lora", "lora_r": 2}},
 ]
 
@@ -77,7 +79,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def alone(data_dir, tmp_path_factory) -> Path:
-    """One process, all eight utterances in a batch, two steps in each of two stages."""
+    """One process, all eight utterances in a batch, two steps in each stage."""
     folder = tmp_path_factory.mktemp("alone")
     train(folder, data_dir, data={"batch_duration_s": 9.0}, training={"max_steps": 2, "save_steps": 2}, stages=STAGES)
     return folder
@@ -99,7 +101,7 @@ def test_losses_and_weights_do_not_depend_on_how_a_step_is_divided(
     options = {"max_steps": 2, "save_steps": 2, "gradient_accumulation_steps": accumulation}
     data = {"batch_duration_s": batch_duration_s}
     train(tmp_path, data_dir, processes, sharding=sharding, data=data, training=options, stages=STAGES)
-    for stage in ("ctc", "llm"):
+    for stage in ("ctc", "mean", "llm"):
         expected, found = losses(alone / stage / "checkpoint-2"), losses(tmp_path / stage / "checkpoint-2")
         assert len(expected) == 2 and "ctc_loss" in expected[0]
         for each, other in zip(expected, found, strict=True):
@@ -126,7 +128,7 @@ def test_frozen_weights_may_be_in_half_precision(data_dir, tmp_path, sharding):
 @pytest.mark.parametrize("sharding", ["", "FSDP2", "ZeRO-2"], ids=["DDP", "FSDP2", "ZeRO-2"])
 def test_two_processes_that_were_killed_go_on_to_the_same_weights(data_dir, tmp_path, sharding):
     options = {"max_steps": 5, "save_steps": 2, "save_total_limit": 1, "optim": "adamw_torch"}
-    sections = {"data": {"batch_duration_s": 2.0, "augment": True}, "training": options, "stages": STAGES[1:]}
+    sections = {"data": {"batch_duration_s": 2.0, "augment": True}, "training": options, "stages": STAGES[2:]}
     train(tmp_path / "whole", data_dir, 2, sharding=sharding, **sections)
     assert train(tmp_path / "pieces", data_dir, 2, kill="step:3", sharding=sharding, **sections) != 0
     assert last_checkpoint(tmp_path / "pieces/llm") == str(tmp_path / "pieces/llm/checkpoint-2")
