@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -140,6 +141,32 @@ def test_losses_perplexity_learning_rates_and_throughput_are_logged(models, data
     for name in ("ce_loss", "ctc_loss"):
         assert evaluation[f"eval_dev_{name}"] == pytest.approx(float(outputs[name]), rel=1e-4)
     assert evaluation["eval_dev_perplexity"] == pytest.approx(math.exp(float(outputs.ce_loss)), rel=1e-3)
+
+
+def test_the_time_of_evaluations_does_not_count_for_the_throughput(models, data_dir, tmp_path, monkeypatch):
+    clock = SimpleNamespace(seconds=0.0)
+    clock.perf_counter = lambda: clock.seconds
+    monkeypatch.setattr(training.trainer, "time", clock)
+
+    def takes(method: str, seconds: float) -> None:
+        original = getattr(SpeechLLMTrainer, method)
+
+        def slow(*args, **kwargs):
+            clock.seconds += seconds
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(SpeechLLMTrainer, method, slow)
+
+    takes("training_step", 1.0)
+    takes("evaluation_loop", 100.0)
+    data = {"eval_manifests": {"dev": "train.jsonl", "again": "train.jsonl"}, "max_eval_examples": 1}
+    stage = one_stage(training={"eval_strategy": "steps", "eval_steps": 1}, data=data)
+    run(stages_of(tmp_path, "out", stage), data_dir)
+    logs = history(tmp_path / "out/stage/checkpoint-3")
+    assert clock.seconds == 3 * (1.0 + 2 * 100.0)
+    speeds = [entry["audio_hours_per_hour"] for entry in logs if "loss" in entry]
+    audio_s = DataReport.load(tmp_path / "out/stage/final").audio_s
+    assert len(speeds) == 3 and sum(speeds) == pytest.approx(audio_s)  # of steps of one second
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])

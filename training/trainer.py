@@ -185,10 +185,11 @@ class SpeechLLMTrainer(CompleteCheckpoints, Seq2SeqTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the base class, with the run's options of `generate`; its time does not count for the throughput."""
-        start = time.perf_counter()
+        start, logged_time = time.perf_counter(), self._logged_time
         generation = {"tokenizer": self.processing_class.tokenizer, **self.generation}
         metrics = super().evaluate(*args, **{**generation, **kwargs})
-        self._logged_time += time.perf_counter() - start
+        # Of several data sets, the base class calls this method again for each: their times are within this one.
+        self._logged_time = logged_time + time.perf_counter() - start
         return metrics
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
