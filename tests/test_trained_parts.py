@@ -174,6 +174,11 @@ def test_options_that_changed_after_a_stage_was_finished_are_told(parts, data_di
     changed = stages_from(tmp_path, parts, tuning={"ctc_loss_weight": 0.25}, training={"max_steps": 9})
     with caplog.at_level(logging.WARNING, "training.train"):
         run(stages_from(tmp_path, parts), data_dir)
+        # Trained by a version that lacked an option, or named one at its default.
+        (config,) = tmp_path.glob("*/*/final/training.yaml")
+        assert "  llm_frozen_dtype: float32\n" in config.read_text()
+        config.write_text(config.read_text().replace("  llm_frozen_dtype: float32\n", ""))
+        run(stages_from(tmp_path, parts, training={"weight_decay": 0.0}), data_dir)
         assert not caplog.records
         run(changed, data_dir)
     (record,) = caplog.records

@@ -14,7 +14,7 @@ recipe: {...}       how the data are made, and what becomes of the trained model
 
 import re
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -273,14 +273,19 @@ def _resolve_trained_parts(merged: dict[str, dict[str, Any]]) -> None:
     if name is None:
         return
     own = ("trained_parts", "attn_implementation")
-    others = sorted(key for key, value in merged["model"].items() if key not in own and value != _default(key))
+    defaults = defaults_of("model")
+    others = sorted(key for key, value in merged["model"].items() if key not in own and value != defaults.get(key))
     if others:
         raise ValueError(f"section 'model': {others[0]} is that of the trained_parts, {name!r}; leave it out.")
     merged["tuning"] = {**lora_options(parts_folder(name)), **merged["tuning"]}
 
 
-def _default(key: str) -> Any:
-    return asdict(ModelArguments()).get(key)
+def defaults_of(section: str) -> dict[str, Any]:
+    """What the options of a section are where no config gives them."""
+    if section != "training":
+        return asdict(_SECTIONS[section]())
+    own = {each.name: each.default for each in fields(Seq2SeqTrainingArguments) if each.default is not MISSING}
+    return {**own, **_TRAINING_DEFAULTS}
 
 
 _TRAINING_DEFAULTS = {

@@ -22,7 +22,7 @@ from hf_speechllm.configuration_speechllm import check_loss_weights
 from hf_speechllm.data_collator import SpeechLLMDataCollator
 from hf_speechllm.metrics import word_errors
 from hf_speechllm.processing_speechllm import IGNORE_INDEX, SpeechLLMProcessor
-from training.arguments import Stage, TuningArguments, load_stages, parse_options, read_yaml
+from training.arguments import Stage, TuningArguments, defaults_of, load_stages, parse_options, read_yaml
 from training.augment import AugmentOptions
 from training.checkpoints import CONFIG_NAME, last_checkpoint, load_trained
 from training.command_line import errors_in_one_line
@@ -126,13 +126,14 @@ def error_rates(processor: SpeechLLMProcessor, prediction: EvalPrediction) -> di
 def warn_of_changes(stage: Stage, final: Path) -> None:
     """Say which options of a finished stage were others when it was trained: they have no effect on its weights."""
     trained_with = read_yaml((final / CONFIG_NAME).read_text())
-    changes = [
-        f"{section}.{key} was {trained_with.get(section, {}).get(key)!r}, is {values.get(key)!r}"
-        for section, values in stage.effective.items()
-        if section in ("model", "tuning", "data", "training")
-        for key in sorted({*values, *trained_with.get(section, {})})
-        if trained_with.get(section, {}).get(key) != values.get(key)
-    ]
+    changes = []
+    for section in ("model", "tuning", "data", "training"):
+        given, given_then = stage.effective[section], trained_with.get(section, {})
+        defaults = defaults_of(section)  # an option that did not exist then, too
+        for key in sorted({*given, *given_then}):
+            then, now = given_then.get(key, defaults.get(key)), given.get(key, defaults.get(key))
+            if then != now:
+                changes.append(f"{section}.{key} was {then!r}, is {now!r}")
     shares = read_recipe(final, ()).get(SHARES_FIELD)
     expected = None if stage.interpolate is None else list(stage.interpolate.shares)
     if shares != expected:
