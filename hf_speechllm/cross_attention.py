@@ -118,7 +118,8 @@ class SpeechCrossAttention(nn.Module):
             audio_embeds_lens: `[B]`, at least 1.
 
         Raises:
-            ValueError: If the layers of the language model are not found.
+            ValueError: If the layers of the language model are not found, or, from within, take something else than
+                hidden states `[B, P, H]`.
         """
         layers = decoder_layers(language_model)
         parameter = self.speech_norm.weight
@@ -150,6 +151,11 @@ class _HearingLayer(nn.Module):
         self.speech = speech
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dim() != 3:  # Gemma 3n has several streams
+            raise ValueError(
+                f"interface='cross_attention' needs layers that take hidden states [B, P, H], and a "
+                f"{type(self.layer).__name__} takes {list(hidden_states.shape)}; choose interface='prefix'."
+            )
         hidden_states = self.cross_attention(hidden_states, self.speech.keys, self.speech.values, self.speech.mask)
         return self.layer(hidden_states, *args, **kwargs)
 

@@ -570,6 +570,16 @@ def test_cross_attention_needs_a_list_of_layers():
         decoder_layers(model.language_model)
 
 
+def test_cross_attention_needs_layers_of_one_stream(monkeypatch):
+    streams = {"model_type": "gemma3n_text", "hidden_size_per_layer_input": 4, "activation_sparsity_pattern": [0.0] * 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12, "layer_types": ["full_attention"] * 2}
+    layers = {"hidden_size": 24, "intermediate_size": 24, "num_hidden_layers": 2, "num_kv_shared_layers": 0}
+    monkeypatch.setitem(TEXT_CONFIGS, "gemma3n", {**streams, **heads, **layers})
+    with pytest.raises(ValueError, match=r"a Gemma3nTextDecoderLayer takes \[4, 3, .*; choose interface='prefix'"):
+        model_of("cross_attention", "gemma3n").generate(**inputs_of())
+    assert len(model_of("prefix", "gemma3n").generate(**inputs_of(), max_new_tokens=2)) == 3
+
+
 @pytest.mark.parametrize("text", ["bloom", "falcon"])
 def test_a_bidirectional_prefix_is_not_for_alibi(text, monkeypatch):
     config = {"model_type": text, "hidden_size": 24, "num_attention_heads": 2, "alibi": True}
