@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_assembly import STAGES, audio_folder, language_model_folder, outputs, trained_folder  # noqa: F401, a fixture
-from test_training import write_config, write_manifest
+from test_training import RATE, tone, write_config, write_manifest
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import training.trained_parts
@@ -16,6 +16,7 @@ from hf_speechllm.assembly import load_trained_parts
 from training.arguments import ModelArguments, TuningArguments, load_stages
 from training.export import main as export_main
 from training.model_building import already_trained, base_models, build_model
+from training.recognisers import load_pipeline
 from training.train import main, run, set_trainable
 
 TARGETS = "q_proj|v_proj"
@@ -219,6 +220,14 @@ def test_a_failure_in_the_training_keeps_its_traceback(parts, data_dir, tmp_path
     with pytest.raises(RuntimeError, match="out/main: failed at step 0") as failure:
         run(stages_from(tmp_path, parts), data_dir)
     assert "deep inside" in str(failure.value.__cause__)
+
+
+def test_parts_are_measured_in_the_type_that_is_asked_for(parts):
+    audio = {"raw": tone(0.6, 300.0), "sampling_rate": RATE}
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        pipe = load_pipeline(str(parts), "cpu", dtype=dtype)
+        assert {value.dtype for value in pipe.model.parameters()} == {expected}
+        assert isinstance(pipe(dict(audio), max_new_tokens=4)["text"], str)
 
 
 def test_an_export_can_be_a_whole_checkpoint(parts, tmp_path, monkeypatch, capsys):
