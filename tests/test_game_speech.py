@@ -90,6 +90,8 @@ def test_labels_are_the_words_of_a_sure_recogniser():
     assert label(Transcription("It's 5 o'clock, Joe!", -0.1)) == "it's five o'clock joe"
     assert label(Transcription("It's 5 o'clock, Joe!", -0.26)) is None
     assert label(Transcription("...", -0.1)) is None
+    assert label(Transcription("Aaah, too far!", -0.1)) == "aaah too far"
+    assert label(Transcription("Ahhhhhhhhh!", -0.1)) is None
 
 
 def _clips(lengths_s: list[float]) -> list[Clip]:

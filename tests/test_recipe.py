@@ -16,6 +16,7 @@ from tiny_models import PROMPT
 
 from hf_speechllm.assembly import TRAINED_WEIGHTS_NAME
 from training import engines, recipe, synthesize
+from training.data_report import DataError
 from training.estimate_prior import PRIOR_NAME
 from training.packages import Package
 from training.recipe import Step, carry_out, check_scale, load_run, parse_recipe, plan, prepare, scaled_run
@@ -169,6 +170,20 @@ def test_complete_steps_are_skipped_and_each_step_has_a_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "recipe: [1/3] a ..." and lines[1].startswith("recipe: [1/3] a: made in ")
     assert lines[2] == "recipe: [2/3] b: complete" and len(lines) == 5
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["a mistake in the data", "a failure"])
+def test_bad_data_is_told_in_one_line_and_a_failure_with_its_traceback(tmp_path, monkeypatch, capsys, told):
+    def fails(*_):
+        raise DataError("a.jsonl, row 3: empty_text") if told else RuntimeError("failed at step 3")
+
+    monkeypatch.setattr(recipe.train, "run", fails)
+    (step,) = [step for step in plan(run_of(tmp_path)) if step.title.startswith("training")]
+    with pytest.raises(SystemExit if told else RuntimeError) as error:
+        carry_out([step])
+    if told:
+        assert error.value.code == 2
+        assert capsys.readouterr().err == "recipe: error: a.jsonl, row 3: empty_text\n"
 
 
 @pytest.fixture

@@ -102,6 +102,40 @@ def test_bad_rows_end_the_run_by_default(models, bad_dir, tmp_path):
         run(stages_of(tmp_path, "out", one_stage()), bad_dir)
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"text": "hat " * 30}, r"later.jsonl, row 1: too_many_labels .*; correct it"),
+        ({"text": " "}, r"later.jsonl, row 1: empty_text"),
+        ({"audio_filepath": "none.wav"}, r"later.jsonl, row 1: missing_file"),
+        ({"duration": -1.0}, r"later.jsonl, row 1: duration"),
+        (None, r"manifest 'later.jsonl' matches no file in .*"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_bad_rows_of_a_later_stage_are_found_before_the_first_one(models, bad_dir, data_dir, tmp_path, line, message):
+    if line is not None:
+        good = {"audio_filepath": "good.wav", "text": "a hat", "duration": 0.6}
+        (bad_dir / "later.jsonl").write_text(json.dumps(good | line))
+    first = one_stage(data={"train_manifests": ["more/train.jsonl"]})[0]
+    later = {**one_stage(data={"train_manifests": ["later.jsonl"]})[0], "name": "later"}
+    with pytest.raises(ValueError, match=message):
+        run(stages_of(tmp_path, "out", [first, later]), bad_dir)
+    assert not list((tmp_path / "out").glob("*/*"))
+    # What is not trained now is not looked at.
+    run(stages_of(tmp_path, "out", [first, later]), bad_dir, only=["stage"])
+    assert (tmp_path / "out/stage/final").is_dir()
+
+
+def test_rows_outside_the_limits_are_not_looked_at(models, bad_dir, tmp_path):
+    rows = [{"audio_filepath": "none.wav", "text": "a hat", "duration": each} for each in (0.2, 2.0)]
+    rows += [{"audio_filepath": "good.wav", "text": "a hat", "duration": 0.6}] * 2
+    (bad_dir / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {"min_duration_s": 0.3, "max_duration_s": 1.0, "train_manifests": ["train.jsonl"]}
+    run(stages_of(tmp_path, "out", one_stage(data=data)), bad_dir)
+    assert (tmp_path / "out/stage/final").is_dir()
+
+
 def test_a_batch_of_bad_rows_alone_changes_nothing(models, bad_dir, data_dir, tmp_path):
     # The bad row makes a batch of its own; without momentum and decay its step must leave the weights alone.
     lines = [json.dumps({"audio_filepath": "none.wav", "text": "a", "duration": 1.9})]

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import zlib
 from collections.abc import Iterator, Sequence
@@ -42,6 +43,7 @@ JOIN_PROBABILITY = 0.55
 PAUSE_S = (0.1, 0.7)
 MIN_LINES = 20  # of a game, also where a small share of it is asked for
 MIN_MEAN_LOG_PROB = -0.25
+_SOUND = re.compile(r"(.)\1\1\1")  # a scream is no word, and can have more letters than the audio has frames for CTC
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def transcribe_clips(clips: Sequence[Clip], path: Path) -> dict[str, Transcripti
 def label(transcription: Transcription) -> str | None:
     """Words in the form of the training targets, or None where the recogniser was not sure or heard none."""
     words = normalise(spell_out(transcription.text))
-    return words if words and transcription.mean_log_prob >= MIN_MEAN_LOG_PROB else None
+    is_sound = _SOUND.search(words) is not None
+    return words if words and not is_sound and transcription.mean_log_prob >= MIN_MEAN_LOG_PROB else None
 
 
 def joined_lines(

@@ -330,9 +330,14 @@ def _training_step(run: Run) -> Step:
     return Step(
         f"training, {len(finals)} stages",
         lambda: all(final.exists() for final in finals),
-        partial(train.run, run.stages, run.data_dir),
+        partial(_train, run),
         models=base_models(run.stages[0].model),
     )
+
+
+def _train(run: Run) -> None:
+    with errors_in_one_line("recipe"):
+        train.run(run.stages, run.data_dir)
 
 
 # Steps whose results depend on more than their names tell: what they were made of is written down.

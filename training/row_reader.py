@@ -15,7 +15,7 @@ from hf_speechllm.audio import AudioError, load_audio, prepare_waveform
 from hf_speechllm.metrics import normalize_english
 from training.ctc_fit import CTCFit
 from training.data_report import BadRow
-from training.data_sources import Row
+from training.data_sources import Row, is_duration
 from training.texts import normalise, spell_out
 
 # Durations are rounded in manifests; an utterance may be so much shorter than its row says.
@@ -88,6 +88,18 @@ class RowReader:
         misfit = self.misfit(row, text, len(recording.waveform) / self.sampling_rate)
         return recording if misfit is None else misfit
 
+    def fault(self, row: Row) -> BadRow | None:
+        """What is wrong with a row, as far as that shows without its audio."""
+        text = self._text(row)
+        if isinstance(text, BadRow):
+            return text
+        if row.duration_s is None:
+            return self._missing(row)
+        if not is_duration(row.duration_s):
+            return _bad(row, "duration", repr(row.duration_s))
+        # The audio may be a little longer than the row says.
+        return self._missing(row) or self.misfit(row, text, row.duration_s + _DURATION_TOLERANCE_S)
+
     def misfit(self, row: Row, text: str, duration_s: float) -> BadRow | None:
         """Why CTC cannot align `text` with so much audio, if so."""
         if self.ctc_fit is None:
@@ -116,15 +128,21 @@ class RowReader:
         return text
 
     def _recording(self, row: Row, text: str) -> Recording | BadRow:
-        audio = row.audio
-        if audio is None:
-            return _bad(row, "missing_file", "the row has no audio")
-        if isinstance(audio, Path) and not audio.is_file():
-            return _bad(row, "missing_file", str(audio))
+        missing = self._missing(row)
+        if missing is not None:
+            return missing
         try:
-            return self._decode(row, audio, text)
+            return self._decode(row, row.audio, text)
         except (AudioError, sf.LibsndfileError, OSError) as error:
             return _bad(row, "unreadable", " ".join(str(error).split()))
+
+    @staticmethod
+    def _missing(row: Row) -> BadRow | None:
+        if row.audio is None:
+            return _bad(row, "missing_file", "the row has no audio")
+        if isinstance(row.audio, Path) and not row.audio.is_file():
+            return _bad(row, "missing_file", str(row.audio))
+        return None
 
     def _decode(self, row: Row, audio: Path | bytes, text: str) -> Recording | BadRow:
         """Raises what the decoders raise."""

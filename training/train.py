@@ -7,7 +7,7 @@ the config of its stage with everything resolved. training/recipe.py makes the d
 
 import argparse
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from training.command_line import errors_in_one_line
 from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
+from training.data_sources import is_duration, read_manifests
 from training.interpolate import SHARES_FIELD, interpolate, share_of, write_state
 from training.lora import FROZEN_DTYPES, add_lora, cast_frozen, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
@@ -147,6 +148,48 @@ def warn_of_changes(stage: Stage, final: Path) -> None:
         )
 
 
+def row_reader(stage: Stage, model: PreTrainedModel, processor: SpeechLLMProcessor) -> RowReader:
+    """What reads the data of a stage."""
+    is_spelled = model.config.ctc_token_ids is not None or model.config.ctc_chain_length is not None
+    has_ctc = model.ctc_head is not None and is_spelled and stage.tuning.ctc_loss_weight > 0
+    return RowReader(
+        processor.sampling_rate,
+        text_normalization=stage.data.text_normalization,
+        convert_audio=stage.data.convert_audio,
+        empty_text=stage.data.empty_text,
+        ctc_fit=CTCFit.of_model(model, processor) if has_ctc else None,
+    )
+
+
+def check_manifests(
+    stages: Sequence[Stage], model: PreTrainedModel, processor: SpeechLLMProcessor, data_dir: Path
+) -> None:
+    """Look through the manifests of all stages now, not when their turn comes hours later; audio is not decoded.
+
+    Raises:
+        ValueError: If a manifest is not there or cannot be read.
+        DataError: For a row that cannot be learnt from, where these are refused.
+    """
+    checked = set()
+    for stage in stages:
+        rows, data = read_manifests(stage.data.train_manifests, data_dir), stage.data
+        if data.bad_data != "refuse":
+            continue
+        reader = row_reader(stage, model, processor)
+        options = (data.text_normalization, data.empty_text, reader.ctc_fit is not None)
+        for row in rows:
+            is_left_out = is_duration(row.duration_s) and not (
+                data.min_duration_s <= row.duration_s <= data.max_duration_s
+            )
+            key = (row.source, row.row, options)
+            if key in checked or is_left_out:
+                continue
+            checked.add(key)
+            fault = reader.fault(row)
+            if fault is not None:
+                DataReport(refuse=True).add_bad(fault)
+
+
 def build_trainer(
     stage: Stage, model: PreTrainedModel, processor: SpeechLLMProcessor, data_dir: Path, trained_names: set[str]
 ) -> SpeechLLMTrainer:
@@ -157,15 +200,7 @@ def build_trainer(
     report = DataReport(refuse=data.bad_data == "refuse")
     # What is found when the data is opened is the same in all processes: the first one counts it.
     found = report if training.process_index == 0 else DataReport(report.refuse)
-    is_spelled = model.config.ctc_token_ids is not None or model.config.ctc_chain_length is not None
-    has_ctc = model.ctc_head is not None and is_spelled and stage.tuning.ctc_loss_weight > 0
-    reader = RowReader(
-        processor.sampling_rate,
-        text_normalization=data.text_normalization,
-        convert_audio=data.convert_audio,
-        empty_text=data.empty_text,
-        ctc_fit=CTCFit.of_model(model, processor) if has_ctc else None,
-    )
+    reader = row_reader(stage, model, processor)
     augmentation = parse_options(AugmentOptions, data.augment_options, "data.augment_options")
     masks = parse_options(SpecAugmentOptions, data.spec_augment_options, "data.spec_augment_options")
     with training.main_process_first(desc="opening the data"):  # whose durations `datasets` caches for the others
@@ -268,6 +303,9 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
     model, processor = build_model(stages[0].model)
     trained_names, initial_names = already_trained(stages[0].model, model), set(model.state_dict())
     finals = {stage.name: Path(stage.training.output_dir) / "final" for stage in stages}
+    is_wanted = {stage.name: only is None or stage.name in only for stage in stages}
+    todo = [stage for stage in stages if is_wanted[stage.name] and not finals[stage.name].exists()]
+    check_manifests(todo, model, processor, data_dir)
     for stage in stages:
         final = finals[stage.name]
         if stage.tuning.projector == "lora" and not any(n.startswith("multi_modal_projector.") for n in trained_names):
@@ -283,8 +321,8 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
             warn_of_changes(stage, final)
             trained_names |= load_trained(model, final)
             continue
-        if only is not None and stage.name not in only:
-            later = [each.name for each in stages[stages.index(stage) + 1 :] if each.name in only]
+        if not is_wanted[stage.name]:
+            later = [each.name for each in stages[stages.index(stage) + 1 :] if is_wanted[each.name]]
             if later:
                 raise ValueError(
                     f"stage {later[0]!r} starts from the weights of {stage.name!r}, which is not finished."
