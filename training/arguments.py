@@ -138,7 +138,8 @@ class DataArguments:
         shuffle_buffer: Utterances that each process and worker shuffles and sorts into batches, of streamed data.
         text_normalization: Of all transcripts: `none`, `lower`, `lower_no_punctuation`, `spoken_english` (numbers as
             words, only a-z and apostrophes) or `whisper_english`.
-        bad_data: `refuse`: a row that cannot be learnt from ends the run; `skip`: it is reported and left out.
+        bad_data: `refuse`: a row that cannot be learnt from ends the run, before it begins if it is one of a manifest
+            and that shows without its audio; `skip`: it is reported and left out.
         empty_text: `bad`: an empty transcript is bad data; `keep`: it says that nothing is said.
         convert_audio: Resample other rates and average channels; else they are bad data.
         augment: Distort the waveforms on the fly (training/augment.py).
