@@ -53,15 +53,21 @@ def measure(model: torch.nn.Module, inputs: dict[str, torch.Tensor], options: di
         return time.perf_counter() - start, stopwatch.seconds
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def search_parser(description: str, *, num_beams: int, repeats: int) -> argparse.ArgumentParser:
+    """The parser of a benchmark of searches, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="folder or Hub id of a speech LLM (default: the model of this package)")
-    add("--num-beams", type=int, default=4, metavar="N", help="width of both searches (default: %(default)s)")
+    add("--num-beams", type=int, default=num_beams, metavar="N", help="width of the search (default: %(default)s)")
     add("--new-tokens", type=int, default=16, metavar="N", help="tokens that are written (default: %(default)s)")
-    add("--repeats", type=int, default=5, metavar="N", help="runs, whose median counts (default: %(default)s)")
-    add("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
+    add("--repeats", type=int, default=repeats, metavar="N", help="runs, whose median counts (default: %(default)s)")
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    parser = search_parser(__doc__, num_beams=4, repeats=5)
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default: %(default)s)")
     arguments = parser.parse_args()
     with errors_in_one_line("joint_decoding"):
         check_at_least_one(arguments, "num_beams", "new_tokens", "repeats", "threads")

@@ -6,20 +6,17 @@ The default model on the samples. All four variants are in one process and take 
 is faster in one minute than in the next; all make the same number of steps. Prints a Markdown table of CPU times.
 """
 
-import argparse
 import itertools
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor
 
 import hf_speechllm
+from benchmarks.joint_decoding import SAMPLES, search_parser
 from hf_speechllm.audio import load_audio
 from training.command_line import check_at_least_one, errors_in_one_line, loading
-
-SAMPLES = Path(__file__).parent.parent / "samples"
 
 
 def variants(folder: str) -> dict[str, torch.nn.Module]:
@@ -42,13 +39,7 @@ def seconds_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], options:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", help="folder or Hub id of a speech LLM (default: the model of this package)")
-    add("--num-beams", type=int, default=8, metavar="N", help="width of the search (default: %(default)s)")
-    add("--new-tokens", type=int, default=16, metavar="N", help="tokens that are written (default: %(default)s)")
-    add("--repeats", type=int, default=3, metavar="N", help="runs over all clips (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = search_parser(__doc__, num_beams=8, repeats=3).parse_args()
     with errors_in_one_line("joint_weights"):
         check_at_least_one(arguments, "num_beams", "new_tokens", "repeats")
         with loading("--model", arguments.model):
