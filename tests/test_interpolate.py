@@ -35,6 +35,12 @@ def test_each_layer_goes_its_share_and_an_untrained_one_is_left_out():
     assert float(interpolate(START, END, [1.0, 1.0, 1.0])[LAYER.format(0)][0]) == 1.0
 
 
+def test_convolutions_before_the_layers_are_none_of_them():
+    shares = [0.0, 0.25, 0.5]
+    assert share_of("audio_tower.encoder.layers.1.final_layer_norm.weight", shares) == 0.25
+    assert share_of("audio_tower.feature_extractor.conv_layers.1.conv.weight", shares) == 0.5
+
+
 def test_a_single_share_is_that_of_all_weights():
     end = {"language_model.x": torch.full((2,), 4.0), "ctc_chains": torch.tensor([[3, -1]])}
     state = interpolate({"language_model.x": torch.ones(2), "ctc_chains": torch.tensor([[5, -1]])}, end, [0.25])
@@ -45,8 +51,9 @@ def test_a_single_share_is_that_of_all_weights():
 def test_wrong_shares_are_named():
     with pytest.raises(ValueError, match=r"shares: expected a list of numbers from 0 \(start\) to 1 \(end\), got"):
         interpolate(START, END, [0.0, 1.5, 0.5])
-    with pytest.raises(ValueError, match="shares: expected one for layer 1 and one for norm and head, got 2"):
-        interpolate(START, END, [0.0, 0.5])
+    for shares in ([0.0, 0.5], [0.0, 0.5, 1.0, 1.0]):
+        with pytest.raises(ValueError, match=f"shares: expected 1 of all weights or 3, of 2 enc.* got {len(shares)}"):
+            interpolate(START, END, shares)
     with pytest.raises(ValueError, match="start: .*layers.0.* was not trained there, so its share must be 0 or 1"):
         interpolate(START, END, [0.5, 0.5, 0.5])
 
@@ -106,18 +113,15 @@ def test_a_stage_leaves_weights_between_an_earlier_one_and_itself(fresh, data_di
 
 
 def test_what_cannot_be_interpolated_is_refused_before_it_is_trained(fresh, data_dir, tmp_path):  # noqa: F811
-    run(stages_of(tmp_path, "out", [TOP]), data_dir)
-    for stage, shares, message in (
-        (ALL, [0.0, 0.5], "stage 'all', interpolate.shares: expected one for layer 1 and one for norm and head, got 2"),
-        (
-            LLM,
-            [0.5],
-            "stage 'llm', interpolate.start: 'top' has no weight 'language_model.*lora_A.*'; expected a stage",
-        ),
-    ):
+    for shares in ([0.0, 0.5], [*BETWEEN, 1.0]):  # known before the first stage
+        message = f"stage 'all', interpolate.shares: expected 1 of all weights or 4, of 3 enc.* got {len(shares)}"
         with pytest.raises(ValueError, match=message):
-            run(stages_of(tmp_path, "out", [TOP, with_interpolation(stage, "top", shares)]), data_dir)
-        assert not list((tmp_path / "out").glob(f"{stage['name']}/*"))
+            run(stages_of(tmp_path, "out", [TOP, with_interpolation(ALL, "top", shares)]), data_dir)
+        assert not (tmp_path / "out").exists()
+    message = "stage 'llm', interpolate.start: 'top' has no weight 'language_model.*lora_A.*'; expected a stage"
+    with pytest.raises(ValueError, match=message):
+        run(stages_of(tmp_path, "out", [TOP, with_interpolation(LLM, "top", [0.5])]), data_dir)
+    assert (tmp_path / "out/top/final").exists() and not list((tmp_path / "out").glob("llm/*"))
 
 
 def test_other_shares_of_a_finished_stage_are_told(fresh, data_dir, tmp_path, caplog):  # noqa: F811

@@ -3,9 +3,9 @@
     python -m training.interpolate START END OUTPUT --shares 0 0 0.2 0.5 0.8 1 1
 
 START and END are folders of trained parts (training/train.py) of one recipe. Every encoder layer goes its share of the
-way from START to END, the last share is that of the final norm and the CTC head; all other weights are END's. A single
-share is that of all weights. What START has not trained, with share 0, stays as pre-trained and is left out. Choose the
-shares on development data. A config can say the same of two of its stages:
+way from START to END, the last share is that of what else the encoder has and of the CTC head; all other weights are
+END's. A single share is that of all weights. What START has not trained, with share 0, stays as pre-trained and is left
+out. Choose the shares on development data. A config can say the same of two of its stages:
 
     - name: ctc_more
       interpolate: {start: ctc_games, shares: [0.5]}  # what this stage leaves is the mean of both
@@ -31,7 +31,7 @@ from training.evaluation_data import UsageError
 from training.trained_parts import read_recipe, read_trained_weights
 
 SHARES_FIELD = "interpolation_shares"  # of the recipe of interpolated parts
-_LAYER = re.compile(r"^audio_tower\..*?layers\.(\d+)\.")
+_LAYER = re.compile(r"^audio_tower\.(?:encoder\.)?layers\.(\d+)\.")  # of `audio_encoders.encoder_layers`
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,23 @@ def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and 0.0 <= value <= 1.0
 
 
+def check_number(shares: Sequence[float], num_layers: int) -> None:
+    """Raises ValueError unless there is one for all weights, or one for each encoder layer and one for the rest."""
+    if len(shares) not in (1, num_layers + 1):
+        raise ValueError(
+            f"shares: expected 1 of all weights or {num_layers + 1}, of {num_layers} encoder layers and of norm and "
+            f"head, got {len(shares)}."
+        )
+
+
 def share_of(name: str, shares: Sequence[float]) -> float:
-    """The share of the weight called `name`; raises ValueError if there is none for its layer."""
+    """The share of the weight called `name`."""
     if len(shares) == 1:
         return shares[0]
     layer = _LAYER.match(name)
-    if layer is None:
-        return shares[-1] if name.startswith(("audio_tower.", "ctc_head.")) else 1.0
-    index = int(layer.group(1))
-    if index >= len(shares) - 1:
-        raise ValueError(f"shares: expected one for layer {index} and one for norm and head, got {len(shares)}.")
-    return shares[index]
+    if layer is not None:
+        return shares[int(layer.group(1))]
+    return shares[-1] if name.startswith(("audio_tower.", "ctc_head.")) else 1.0
 
 
 def interpolate(
@@ -77,10 +83,13 @@ def interpolate(
     """The weights between `start` and `end`; see the head of this file.
 
     Raises:
-        ValueError: If a share is not between 0 and 1, there is no share for a layer, a weight with a share of neither 0
-            nor 1 is not in `start`, or has another shape there.
+        ValueError: If a share is not between 0 and 1, there are more or fewer than layers, a weight with a share of
+            neither 0 nor 1 is not in `start`, or has another shape there.
     """
     check_shares(shares)
+    layers = [int(layer.group(1)) for layer in map(_LAYER.match, end) if layer is not None]
+    if layers:  # the last one is among them: layers are trained from the top
+        check_number(shares, max(layers) + 1)
     result = {}
     for name, value in end.items():
         share = share_of(name, shares)

@@ -30,7 +30,7 @@ from training.ctc_fit import CTCFit
 from training.data import RowLoader, load_evaluation_data, load_training_data
 from training.data_report import DataReport
 from training.data_sources import is_duration, read_manifests
-from training.interpolate import SHARES_FIELD, interpolate, share_of, write_state
+from training.interpolate import SHARES_FIELD, check_number, interpolate, share_of, write_state
 from training.lora import FROZEN_DTYPES, add_lora, cast_frozen, set_lora_trainable
 from training.model_building import already_trained, build_model, recipe
 from training.row_reader import RowReader
@@ -235,6 +235,16 @@ def build_trainer(
     )
 
 
+def check_shares_of(stages: Sequence[Stage], model: PreTrainedModel) -> None:
+    """Refuse shares that are not those of the encoder's layers; raises ValueError."""
+    for stage in stages:
+        if stage.interpolate is not None and len(stage.interpolate.shares) > 1:
+            try:
+                check_number(stage.interpolate.shares, len(encoder_layers(model.audio_tower)))
+            except ValueError as error:
+                raise ValueError(f"stage {stage.name!r}, interpolate.{error}") from None
+
+
 def check_interpolation(stage: Stage, start: Path, trained: Collection[str], initial: Collection[str]) -> None:
     """Refuse before a stage is trained what could not be interpolated afterwards.
 
@@ -245,15 +255,11 @@ def check_interpolation(stage: Stage, start: Path, trained: Collection[str], ini
         initial: Names of those that the run began with.
 
     Raises:
-        ValueError: If there is no share for a weight, or a weight to start from is missing.
+        ValueError: If a weight to start from is missing.
     """
     known = {*weight_shapes(start), *initial}
     for name in sorted(trained):
-        try:
-            is_missing = share_of(name, stage.interpolate.shares) < 1.0 and name not in known
-        except ValueError as error:
-            raise ValueError(f"stage {stage.name!r}, interpolate.{error}") from None
-        if is_missing:
+        if share_of(name, stage.interpolate.shares) < 1.0 and name not in known:
             raise ValueError(
                 f"stage {stage.name!r}, interpolate.start: {stage.interpolate.start!r} has no weight {name!r}; "
                 "expected a stage with the same LoRA, or shares for encoder layers, norm and CTC head only."
@@ -305,6 +311,7 @@ def run(stages: list[Stage], data_dir: Path, only: Collection[str] | None = None
     finals = {stage.name: Path(stage.training.output_dir) / "final" for stage in stages}
     is_wanted = {stage.name: only is None or stage.name in only for stage in stages}
     todo = [stage for stage in stages if is_wanted[stage.name] and not finals[stage.name].exists()]
+    check_shares_of(todo, model)
     check_manifests(todo, model, processor, data_dir)
     for stage in stages:
         final = finals[stage.name]
